@@ -1,0 +1,1 @@
+"""Launchers: where a job runs. One module each; ``base.LAUNCHERS`` names them."""

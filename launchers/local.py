@@ -1,0 +1,81 @@
+"""This machine: NeMo-Run's LocalExecutor starting the ranks with torchrun."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launchers.base import Job, RankGroup, Watch, read_json
+
+POLL_SECONDS = 0.1
+BIN = Path(sys.executable).parent
+RENDEZVOUS_ID = "1"  # on one machine torchrun takes a free port, so runs beside each other do not meet; NeMo-Run draws lots
+
+
+def commands(job: Job) -> list[RankGroup]:
+    """One torchrun for all ranks: word for word what NeMo-Run makes of the experiment below."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", RENDEZVOUS_ID]
+    ranks = ["--nnodes", "1", "--nproc-per-node", str(job.world_size), "--node-rank", "0", "--tee", "3"]
+    command = [str(BIN / "torchrun"), *rendezvous, *ranks, "-m", "mimo_jobs.worker", str(job.file)]
+    return [RankGroup(range(job.world_size), "this machine", command)]
+
+
+def launch(job: Job, watch: Watch) -> None:
+    """Run the job in a NeMo-Run experiment until it ends; an exception (Ctrl-C) ends every rank first.
+
+    Everything that NeMo-Run writes and prints goes under the job's record.
+    """
+    watch({"phase": "starting NeMo-Run"})
+    with _quietly(job.record / "launcher.log") as log:
+        # Read when nemo_run is imported; the first job of a process decides.
+        os.environ.setdefault("NEMORUN_HOME", str(job.record / "nemo_run"))
+        import nemo_run as run
+        from nemo_run.core.frontend.console.api import CONSOLE
+
+        CONSOLE.file = log
+        executor = run.LocalExecutor(
+            ntasks_per_node=job.world_size,
+            launcher=run.Torchrun(rdzv_id=int(RENDEZVOUS_ID)),
+            # torchrun is looked up on PATH; a directory the user happens to be in must not shadow our modules.
+            env_vars={"PATH": str(BIN), "PYTHONSAFEPATH": "1"},
+        )
+        script = run.Script(path="mimo_jobs.worker", m=True, entrypoint="python", args=[str(job.file)])
+        with run.Experiment(
+            job.name,
+            executor=executor,
+            id=job.run_id,
+            base_dir=str(job.record / "nemo_run"),
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+            serialize_metadata_for_scripts=False,
+        ) as experiment:
+            experiment.add(script, name=job.name)
+            watch({"phase": "starting ranks"})
+            try:
+                experiment.run(tail_logs=False)
+                _follow(experiment, job, watch)
+            except BaseException:
+                experiment.cancel(job.name)
+                raise
+
+
+def _follow(experiment: Any, job: Job, watch: Watch) -> None:
+    """Pass progress on until the job has ended."""
+    from torchx.specs import is_terminal
+
+    while not is_terminal(experiment.status(return_dict=True)[job.name]["status"]):
+        progress = read_json(job.record / "progress.json")
+        if progress:
+            watch(progress)
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _quietly(path: Path) -> Iterator[Any]:
+    """Send what Python code prints to a file; the console that shows our own progress holds the real terminal."""
+    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield log

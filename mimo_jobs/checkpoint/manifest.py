@@ -1,0 +1,139 @@
+"""The manifest of a MIMO checkpoint: what makes its directory self-contained, and the last file to appear in it.
+
+```
+CHECKPOINT/
+  mimo.json                manifest (last)
+  .metadata metadata.json  torch_dist (megatron-core)
+  __<rank>_0.distcp        weights, one file a rank
+  passed_through.safetensors
+  hf/                      config, tokenizer, processor, chat template ... of the source, byte for byte
+  hf/headers/<shard>.json  safetensors headers that an export writes; hf/model.safetensors.index.json its index
+```
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata as package_metadata
+from pathlib import Path
+from typing import Any
+
+from mimo_jobs.errors import UserError
+
+MANIFEST_NAME = "mimo.json"
+HF_DIR = "hf"
+HEADERS_DIR = "headers"
+PASSED_THROUGH_NAME = "passed_through.safetensors"
+FORMAT = 1
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of ``mimo.json``.
+
+    Attributes:
+        model_type, rules_version: the family and the version of its rules that wrote the checkpoint.
+        config: the HF config that an export writes.
+        source: where the weights came from: path, tensors, bytes.
+        digests: HF name -> blake3 of the bytes that an export must write to equal the source.
+        casts: HF name -> [dtype before, dtype after].
+        aliases: tied HF names that the export repeats -> the name they repeat.
+        passed_through: HF names carried untouched; ``dropped``: those left out on request.
+        layout: component -> sizes, of the job that wrote it; any layout can read it.
+        files: file name -> bytes, every weight file of the checkpoint.
+        versions: packages that wrote it.
+    """
+
+    model_type: str
+    rules_version: int
+    config: dict[str, Any]
+    source: dict[str, Any]
+    layout: dict[str, dict[str, int]]
+    digests: dict[str, str] = field(default_factory=dict)
+    casts: dict[str, list[str]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    passed_through: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Write ``mimo.json`` durably: written beside, synced, renamed."""
+    write_json(directory / MANIFEST_NAME, asdict(manifest))
+
+
+def write_json(path: Path, value: object) -> None:
+    """A JSON file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check a manifest, and that every file it names has its size.
+
+    Raises:
+        UserError: no or a damaged manifest (an unfinished checkpoint has none), or a missing or truncated file.
+    """
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give the target of an import")
+    if not path.exists():
+        hint = "; it looks like a Hugging Face directory: import it first" if (directory / "config.json").exists() else ""
+        raise UserError(f"{directory}: has no {MANIFEST_NAME}: not a finished MIMO checkpoint{hint}")
+    try:
+        value = json.loads(path.read_bytes())
+        if value.get("format") != FORMAT:
+            raise UserError(f"{path}: format {value.get('format')!r}; this version of mimo_jobs reads {FORMAT}")
+        manifest = Manifest(**value)
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: damaged: {error}") from None
+    for name, size in manifest.files.items():
+        file = directory / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise UserError(f"{file}: {what}, {MANIFEST_NAME} says {size} bytes; the checkpoint is damaged: import it again")
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter to a checkpoint, without importing them."""
+    found = {}
+    for package in ("mimo-jobs", "megatron-core", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = package_metadata.version(package)
+        except package_metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of an HF directory. Raises `UserError` when it is missing or not JSON."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; a Hugging Face model directory has one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    if not isinstance(config, Mapping):
+        raise UserError(f"{path}: damaged: expected a JSON object")
+    return dict(config)
+
+
+def companion_files(directory: Path) -> list[Path]:
+    """The files beside the weights that an export should bring back (tokenizer, processor, templates, licence ...)."""
+    return sorted(
+        p for p in directory.iterdir() if p.is_file() and not p.name.endswith(_WEIGHTS) and not p.name.startswith(".")
+    )

@@ -1,0 +1,133 @@
+"""The parameters of a built model as a megatron-core ``torch_dist`` checkpoint, and as views to fill in place.
+
+A checkpoint stores *pieces*: named blocks of global tensors. Their keys are those of the bare modules
+(``language_model.decoder.layers.0...``, ``modality_submodules.images.encoders.vision...``), whatever wraps them in
+memory. Fused tensors are stored by meaning: ``in_proj.weight.query``, or the two halves of ``mlp.linear_fc1``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from mimo_jobs.errors import UserError
+from mimo_jobs.layout import LANGUAGE
+from mimo_jobs.modeling.build import IMAGES, BuiltModel
+
+MODEL_PREFIXES = ("language_model.", f"modality_submodules.{IMAGES}.")
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """One block of a global tensor, and where it lives on this rank.
+
+    Attributes:
+        key: name of the global tensor in a checkpoint.
+        global_shape: its shape; the vocabulary axis is rounded up to a multiple of tp.
+        global_offset: where the block starts.
+        data: the block: a view of the live parameter, in its dtype.
+        writes: whether this rank is the one that saves the block; others hold replicas.
+        padded: whether the checkpoint's tensor may be longer or shorter than global_shape (vocabulary padding).
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    data: Tensor
+    writes: bool
+    padded: bool
+
+
+def model_tensors(built: BuiltModel) -> list[StoredPiece]:
+    """Every piece that this rank holds; filling ``data`` fills the model."""
+    return [
+        StoredPiece(
+            key=piece.key,
+            global_shape=tuple(piece.global_shape),
+            global_offset=tuple(piece.global_offset),
+            data=piece.data,
+            writes=_is_main_replica(piece),
+            padded=bool(piece.allow_shape_mismatch),
+        )
+        for piece in _sharded_pieces(built)
+    ]
+
+
+def save_model(built: BuiltModel, directory: Path) -> None:
+    """Write the parameters to ``directory``, which exists and is empty. Collective over the world.
+
+    megatron-core starts a ``spawn`` process while it writes, so a script that calls this guards ``__main__``.
+    """
+    dist_checkpointing.save(_by_position(_sharded_pieces(built)), str(directory))
+    dist.barrier()
+
+
+def load_model(built: BuiltModel, directory: Path) -> None:
+    """Read the parameters of a checkpoint written under any layout. Collective over the world.
+
+    Rows of padding (vocabulary not divisible by tp) become zero. Optimizer and other state in ``directory`` is ignored.
+
+    Raises:
+        UserError: the checkpoint misses tensors of the model, has others, or has them in other shapes.
+    """
+    pieces = _sharded_pieces(built)
+    _check_against(directory, pieces)
+    for piece in pieces:
+        if piece.allow_shape_mismatch:
+            piece.data.zero_()
+    loaded = dist_checkpointing.load(_by_position(pieces), str(directory))
+    for position, piece in _by_position(pieces).items():
+        if loaded[position].data_ptr() != piece.data.data_ptr():
+            piece.data.copy_(loaded[position])
+    dist.barrier()
+
+
+def _sharded_pieces(built: BuiltModel) -> list[ShardedTensor]:
+    """This rank's ShardedTensors after all factories, without ``_extra_state`` objects; ``.data`` are views."""
+    state: dict = {}
+    if built.language is not None:
+        metadata = {"dp_cp_group": built.groups[LANGUAGE].dp_cp}
+        state |= built.language.sharded_state_dict(prefix=MODEL_PREFIXES[0], metadata=metadata)
+    if IMAGES in built.groups:
+        images = unwrap_model(built.model.modality_submodules[IMAGES])
+        state |= images.sharded_state_dict(prefix=MODEL_PREFIXES[1])
+    apply_factories(state)
+    pieces = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    for piece in pieces:
+        piece.data = piece.data.detach()
+    return pieces
+
+
+def _by_position(pieces: list[ShardedTensor]) -> dict[str, ShardedTensor]:
+    """Pieces under unique names; what is stored is named by ``piece.key``."""
+    return {f"{piece.key}@{piece.global_offset}": piece for piece in pieces}
+
+
+def _is_main_replica(piece: ShardedTensor) -> bool:
+    replica = piece.replica_id
+    return replica == 0 if isinstance(replica, int) else not any(replica)
+
+
+def _check_against(directory: Path, pieces: list[ShardedTensor]) -> None:
+    """Compare names and shapes with the checkpoint's, over all ranks."""
+    local = {piece.key: (tuple(piece.global_shape), bool(piece.allow_shape_mismatch)) for piece in pieces}
+    gathered: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    wanted = {key: value for part in gathered for key, value in part.items()}
+    metadata = dist_checkpointing.load_tensors_metadata(str(directory))
+    stored = {key: tuple(t.global_shape) for key, t in metadata.items() if key.startswith(MODEL_PREFIXES)}
+    problems = [f"missing {key}" for key in sorted(wanted.keys() - stored.keys())]
+    problems += [f"unexpected {key}" for key in sorted(stored.keys() - wanted.keys())]
+    for key in sorted(wanted.keys() & stored.keys()):
+        shape, padded = wanted[key]
+        if (shape[1:] != stored[key][1:]) if padded else (shape != stored[key]):
+            problems.append(f"{key} has shape {stored[key]}, the model {shape}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UserError(f"{directory}: does not fit the model: {shown}")

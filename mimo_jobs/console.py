@@ -1,0 +1,205 @@
+"""What a run looks like on a terminal: the recipe, the rank map, the plan, progress, the parity certificate."""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from launchers.base import RankGroup
+from mimo_jobs.layout import ResolvedLayout
+
+GPUS_PER_NODE = 8
+COLOURS = ("green", "blue", "magenta", "yellow")
+
+
+def make(stderr: bool = False) -> Console:
+    """A console on the present stdout or stderr. It keeps the stream: redirecting ``sys.stderr`` does not move it."""
+    # Off a terminal rich assumes 80 columns and would cut paths and tensor names in logs.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten as disks and checkpoints are sold: ``1.71 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def recipe_table(values: Mapping[str, Any], given: Mapping[str, Any], layout: ResolvedLayout | None) -> Table:
+    """Every field with its value; what the user set is bold, what was filled in says so."""
+    table = Table.grid(padding=(0, 2))
+    for path, value in values.items():
+        text = Text(str(value).lower() if isinstance(value, bool) or value is None else str(value))
+        note = ""
+        filled = _filled(path, layout) if value is None and layout else None
+        if filled is not None:
+            text, note = Text(str(filled)), "filled in"
+        if path in given:
+            text.stylize("bold")
+            note = "set by you"
+        table.add_row(f"  {path}", text, Text(note, style="dim"))
+    return table
+
+
+def _filled(path: str, layout: ResolvedLayout) -> int | None:
+    parts = path.split(".")
+    if parts == ["layout", "world_size"]:
+        return layout.world_size
+    if len(parts) == 3 and parts[0] == "layout" and parts[1] in layout.components:
+        return getattr(layout.components[parts[1]], parts[2])
+    return None
+
+
+def ranks_text(ranks: range) -> str:
+    """``0-3``, or ``5`` for a single rank."""
+    return f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+
+
+def rank_map(layout: ResolvedLayout, gpus: int = GPUS_PER_NODE) -> Group:
+    """A table of the components, and a picture: one row a node, one cell a GPU."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("  component", "ranks", "nodes", *(Text(n.upper(), justify="right") for n in ("tp", "pp", "dp", "cp", "ep")))
+    styles = dict(zip(layout.components, COLOURS, strict=False))
+    for name, c in layout.components.items():
+        nodes = range(c.ranks[0] // gpus, c.ranks[-1] // gpus + 1)
+        sizes = (Text(str(n), justify="right") for n in (c.tp, c.pp, c.dp, c.cp, c.ep))
+        table.add_row(Text(f"  {name}", style=styles[name]), ranks_text(c.ranks), ranks_text(nodes), *sizes)
+    nodes = -(-layout.world_size // gpus)
+    lines = []
+    for node in range(nodes):
+        line = Text(f"  node {node}  ")
+        for rank in range(node * gpus, (node + 1) * gpus):
+            held = layout.components_of(rank) if rank < layout.world_size else []
+            letters = "+".join(c.name[0].upper() for c in held)
+            cell = f"[{letters}{rank}]" if held else "[ - ]"
+            line.append(cell, style=styles[held[0].name] if held else "dim").append(" ")
+        lines.append(line)
+    idle = nodes * gpus - layout.world_size
+    where = "colocated" if layout.colocated else "on disjoint ranks"
+    legend = ", ".join(f"{n[0].upper()} {n}" for n in layout.components)
+    total = f"  {layout.world_size} rank{'s' * (layout.world_size > 1)}, components {where} ({legend})"
+    lines.append(Text(f"{total}; {idle} of {nodes * gpus} GPUs idle on nodes of {gpus}" if idle else f"{total}; no GPU idle"))
+    return Group(table, *lines)
+
+
+def plan_table(plan: Any) -> Table:
+    """The summary of a preflight's weight plan."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("  tensors", f"{plan.tensors:,}, {size(plan.total_bytes)}")
+    per_rank = plan.bytes_per_rank
+    if per_rank:
+        spread = f"{size(min(per_rank))} to {size(max(per_rank))} each"
+        listed = ", ".join(f"{r}: {size(b)}" for r, b in enumerate(per_rank[:16]))
+        table.add_row("  bytes of rank", listed if len(per_rank) <= 16 else spread)
+    for label, names in (("  passed through", plan.passed_through), ("  tied", plan.tied)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            table.add_row(label, f"{len(names)}: {', '.join(names[:3])}{more}")
+    table.add_row("  disk", f"{size(plan.disk_needed)} needed, {size(plan.disk_free)} free")
+    for note in plan.notes:
+        table.add_row("  note", note)
+    return table
+
+
+def command_lines(groups: list[RankGroup]) -> Iterator[str]:
+    """``ranks 0-3 on this machine`` and the command, quoted for a shell."""
+    for group in groups:
+        yield f"  rank{'s' * (len(group.ranks) > 1)} {ranks_text(group.ranks)} on {group.host}"
+        yield f"    {shlex.join(group.command)}"
+
+
+def certificate_table(certificate: Mapping[str, Any]) -> Table:
+    """The scalars and counts of a parity certificate; per-tensor digests stay in the JSON."""
+    table = Table.grid(padding=(0, 2))
+    for key, value in certificate.items():
+        if isinstance(value, Mapping) and not value or isinstance(value, list) and not value:
+            text = "none"
+        elif isinstance(value, Mapping):
+            scalars = all(not isinstance(v, Mapping | list) for v in value.values())
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if scalars and len(value) <= 8 else f"{len(value)}"
+        elif isinstance(value, list):
+            shown = ", ".join(str(v) for v in value[:3])
+            text = f"{len(value)}: {shown}" + (f" and {len(value) - 3} more" if len(value) > 3 else "")
+        else:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+        table.add_row(f"  {key.replace('_', ' ')}", Text(text, overflow="fold"))
+    return table
+
+
+class _Amount(ProgressColumn):
+    """``0.8 GB of 1.71 GB  ETA 0:02``; empty until the total is known."""
+
+    def render(self, task: Task) -> Text:
+        if not task.total:
+            return Text("")
+        if task.fields.get("unit", "B") == "B":
+            amount = f"{size(task.completed)} of {size(task.total)}"
+        else:
+            amount = f"{task.completed:g} of {task.total:g} {task.fields['unit']}"
+        left = task.time_remaining
+        eta = f"  ETA {int(left) // 60}:{int(left) % 60:02d}" if left is not None and not task.finished else ""
+        return Text(amount + eta, style="cyan")
+
+
+class Steps:
+    """Shows the steps of a run as they work. On a terminal a live line each; elsewhere a line when a phase changes."""
+
+    def __init__(self, console: Console, count: int) -> None:
+        self.console, self.count, self.number = console, count, 0
+
+    @contextmanager
+    def step(self, title: str) -> Iterator["StepView"]:
+        """Show one step while it runs; the caller ends it with `StepView.done`."""
+        self.number += 1
+        label = f"{self.number}/{self.count} {title}" if self.count > 1 else title
+        if not self.console.is_terminal:
+            yield StepView(self.console, label, None)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            _Amount(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
+            yield StepView(self.console, label, live)
+
+
+class StepView:
+    """One step on the screen."""
+
+    def __init__(self, console: Console, label: str, live: Progress | None) -> None:
+        self.console, self.label, self.live = console, label, live
+        self.started, self.phase = time.monotonic(), ""
+        self.task = live.add_task(label, total=None) if live else None
+
+    def watch(self, progress: Mapping[str, Any]) -> None:
+        """Take a progress record: ``{"phase", "done", "total", "unit"}``, or a phase alone."""
+        phase = str(progress.get("phase", ""))
+        total, done = progress.get("total") or None, progress.get("done") or 0
+        if self.live is None or self.task is None:
+            if phase != self.phase:
+                amount = f" {size(total)}" if total and progress.get("unit", "B") == "B" else ""
+                self.console.print(f"  {self.label}: {phase}{amount}")
+        elif phase != self.phase:
+            self.live.reset(self.task, description=f"{self.label}: {phase}", total=total)
+            self.live.update(self.task, completed=done, unit=progress.get("unit", "B"))
+        else:
+            self.live.update(self.task, total=total, completed=done)
+        self.phase = phase
+
+    def done(self, text: str) -> None:
+        """Leave a line that stays."""
+        seconds = time.monotonic() - self.started
+        self.console.print(Text.assemble(("✓ ", "green"), f"{self.label}  ", (f"{seconds:.1f} s", "dim"), f"  {text}"))

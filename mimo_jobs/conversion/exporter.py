@@ -1,0 +1,370 @@
+"""MIMO checkpoint -> Hugging Face: every rank writes its own rows in place into files sized from the plan."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mimo_jobs.checkpoint import torch_dist
+from mimo_jobs.checkpoint.manifest import HEADERS_DIR, HF_DIR, PASSED_THROUGH_NAME, Manifest, read_manifest, versions, write_json
+from mimo_jobs.conversion import publish
+from mimo_jobs.conversion.digests import file_threads, tensor_digests
+from mimo_jobs.conversion.importer import MTP_CHOICES, _set_dtype
+from mimo_jobs.errors import UsageError, UserError
+from mimo_jobs.families import family_of
+from mimo_jobs.layout import ResolvedLayout
+from mimo_jobs.parallel.world import World
+from mimo_jobs.weights import plan as plans
+from mimo_jobs.weights import transfer
+from mimo_jobs.weights.dtypes import cast_to, itemsize, parse_dtype
+from mimo_jobs.weights.rules import stored_rows
+from mimo_jobs.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, Shard, TensorInfo, make_header, new_shard, open_hf, parse_header, read_shard
+
+PARITY_NAME = "parity.json"
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """See `jobs.export_hf`."""
+
+    source: Path
+    target: Path
+    layout: ResolvedLayout
+    dtype: str | None = None
+    mtp: str = "keep"
+    overwrite: bool = False
+    fsync: bool = True
+    verify: bool = True
+
+
+@dataclass
+class ExportPlan:
+    """What every rank will do, the same on every rank.
+
+    Attributes:
+        stored: the checkpoint's tensors (`torch_dist.read_metadata`).
+        shards: the files to write; ``tensors``: every tensor in them.
+        shares: rows that each rank writes; ``passed_ranks``, ``alias_ranks``: who copies which whole tensor.
+        casts: HF name -> [dtype in the checkpoint, dtype written].
+    """
+
+    args: ExportArgs
+    manifest: Manifest
+    config: dict[str, Any]
+    matched: plans.Matched
+    stored: dict[str, torch_dist.StoredTensor]
+    shards: dict[str, Shard]
+    tensors: dict[str, TensorInfo]
+    shares: list[plans.Share]
+    passed: Shard | None
+    passed_ranks: list[tuple[str, int]]
+    casts: dict[str, list[str]]
+    dropped: list[str]
+    offsets: dict[torch_dist.Chunk, int] = field(default_factory=dict)
+
+    def data_offset(self, fd: int, tensor: torch_dist.StoredTensor, chunk: torch_dist.Chunk) -> int:
+        """`torch_dist.data_offset`, looked up once a chunk."""
+        if chunk not in self.offsets:
+            self.offsets[chunk] = torch_dist.data_offset(fd, self.args.source / chunk.file, tensor, chunk)
+        return self.offsets[chunk]
+
+    @property
+    def bytes_per_rank(self) -> list[int]:
+        """Bytes that each rank reads of the checkpoint."""
+        moved = [0] * self.args.layout.world_size
+        for share in self.shares:
+            moved[share.rank] += share.rows * self._row_bytes(share)
+        for name, rank in self.passed_ranks:
+            assert self.passed is not None
+            moved[rank] += self.passed.tensors[name].nbytes
+        return moved
+
+    def _row_bytes(self, share: plans.Share) -> int:
+        tensor = self.matched.weight_map.rules[share.rule].stored[share.stored]
+        return tensor.row_elements * itemsize(self.stored[tensor.name].dtype)
+
+
+def plan_export(args: ExportArgs) -> ExportPlan:
+    """Read manifest and metadata, check everything that can be checked, and place every byte. No tensor is read.
+
+    Raises:
+        UserError: a damaged or foreign checkpoint; UsageError for a layout the model does not allow.
+    """
+    if args.mtp not in MTP_CHOICES:
+        raise UsageError(f"mtp={args.mtp!r}: expected one of {', '.join(MTP_CHOICES)}")
+    dtype = parse_dtype(args.dtype) if args.dtype else None
+    manifest = read_manifest(args.source)
+    family = family_of(manifest.config, args.source / "mimo.json")
+    if manifest.rules_version != family.rules_version:
+        raise UserError(
+            f"{args.source}: written with rules version {manifest.rules_version} of {family.model_type}, this version of "
+            f"mimo_jobs has {family.rules_version}; export it with the mimo_jobs that wrote it ({manifest.versions.get('mimo-jobs')})"
+        )
+    weight_map = family.weight_map(manifest.config)
+    plans.check_layout(weight_map, args.layout)
+    templates = _read_templates(args.source)
+    everything = {n: t for s in templates.values() for n, t in s.tensors.items()}
+    matched = plans.match(weight_map, everything, str(args.source))
+    stored = torch_dist.read_metadata(args.source)
+    _check_stored(args.source, weight_map, stored)
+    dropped = matched.passed_through if args.mtp == "drop" else []
+    config = family.drop_passed_through(manifest.config) if args.mtp == "drop" else dict(manifest.config)
+    if dtype:
+        config = json.loads(json.dumps(config))
+        _set_dtype(config, dtype)
+    shards = {n: _retyped(s, args.target, dtype, dropped) for n, s in templates.items()}
+    shards = {n: s for n, s in shards.items() if s.tensors}
+    tensors = {n: t for s in shards.values() for n, t in s.tensors.items()}
+    passed_names = [n for n in matched.passed_through if n not in dropped]
+    passed = read_shard(args.source / PASSED_THROUGH_NAME) if passed_names else None
+    for name in passed_names:
+        assert passed is not None
+        if name not in passed.tensors:
+            raise UserError(f"{args.source / PASSED_THROUGH_NAME}: {name} is missing; the checkpoint is damaged")
+    kept = {r.name: stored[k.name].dtype for rule in weight_map.rules for r in rule.hf for k in rule.stored}
+    kept |= {n: passed.tensors[n].dtype for n in passed_names if passed}
+    casts = {n: [kept[n], t.dtype] for n, t in tensors.items() if n in kept and kept[n] != t.dtype}
+    return ExportPlan(
+        args, manifest, config, matched, stored, shards, tensors, plans.export_shares(matched, args.layout), passed,
+        plans.spread(((n, tensors[n].nbytes) for n in passed_names), args.layout.world_size), casts, dropped,
+    )  # fmt: skip
+
+
+def _read_templates(source: Path) -> dict[str, Shard]:
+    directory = source / HF_DIR / HEADERS_DIR
+    found = {}
+    for path in sorted(directory.glob("*.json")):
+        name, header = path.name.removesuffix(".json"), path.read_bytes()
+        try:
+            entries = json.loads(header)
+            size = 8 + len(header) + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: damaged: {error!r}") from None
+        found[name] = parse_header(header, path.with_name(name), size)
+    if not found:
+        raise UserError(f"{directory}: holds no shard header; the checkpoint is damaged")
+    return found
+
+
+def _check_stored(source: Path, weight_map: plans.WeightMap, stored: dict[str, torch_dist.StoredTensor]) -> None:
+    for rule in weight_map.rules:
+        for tensor in rule.stored:
+            found = stored.get(tensor.name)
+            if found is None:
+                raise UserError(f"{source}: {tensor.name} is not in the checkpoint; it is of another model, or incomplete")
+            longer = tensor.cut is plans.Cut.VOCAB and found.shape[0] >= tensor.rows and found.shape[1:] == tensor.shape[1:]
+            if found.shape != tensor.shape and not longer:
+                raise UserError(f"{source}: {tensor.name} has shape {list(found.shape)}, the config calls for {list(tensor.shape)}")
+            for chunk in found.chunks:
+                path = source / chunk.file
+                if not path.is_file():
+                    raise UserError(f"{path}: missing; {torch_dist.METADATA_NAME} places {tensor.name} in it")
+
+
+def _retyped(shard: Shard, target: Path, dtype: str | None, dropped: list[str]) -> Shard:
+    kept = [t for t in shard.tensors.values() if t.name not in dropped]
+    if len(kept) == len(shard.tensors) and not any(cast_to(t.dtype, dtype) for t in kept):
+        return shard
+    entries = [(t.name, (dtype or t.dtype) if cast_to(t.dtype, dtype) else t.dtype, t.shape) for t in kept]
+    return new_shard(target, shard.name, make_header(entries, shard.metadata))
+
+
+def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
+    """Do this rank's part of an export; rank 0 publishes. Returns the summary (the same on every rank).
+
+    Raises:
+        UserError: bad input, no space, bytes that differ from the source's digests, or (JobFailed) another rank failed
+            first. Nothing is published then.
+    """
+    made = plan_export(args)
+    if world.rank == 0:
+        publish.check_target(args.target, args.overwrite)
+        publish.check_space(args.target, sum(s.size for s in made.shards.values()))
+    staging = publish.staging_of(args.target, world.run_id)
+    try:
+        if world.rank == 0:
+            publish.open_staging(args.target, world.run_id)
+            _prepare(made, staging)
+        world.barrier("staging")
+        with transfer.Files() as files:
+            with world.phase("export", sum(made.bytes_per_rank)) as moved:
+                transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
+            world.barrier("written")  # an alias, and a digest, read what other ranks wrote
+            digests = _written_digests(made, staging, files, world) if args.verify else {}
+            if args.fsync:
+                files.sync()
+        results = world.gather("exported", digests)
+        summary = None
+        if results is not None:
+            summary = _finish(made, staging, {n: d for part in results for n, d in part.items()}, world)
+        return world.broadcast("published", summary)
+    except BaseException:
+        if world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _prepare(made: ExportPlan, staging: Path) -> None:
+    """Rank 0: companion files, and every weight file at its full size with its header."""
+    hf = made.args.source / HF_DIR
+    for file in sorted(p for p in hf.iterdir() if p.is_file() and p.name != INDEX_NAME):
+        shutil.copyfile(file, staging / file.name)
+    if made.config != made.manifest.config:
+        write_json(staging / "config.json", made.config)
+    for shard in made.shards.values():
+        with open(staging / shard.name, "wb") as file:
+            file.write(len(shard.header).to_bytes(8, "little") + shard.header)
+            file.truncate(shard.size)
+
+
+def _tasks(
+    made: ExportPlan, staging: Path, files: transfer.Files, rank: int, moved: Callable[[int], None]
+) -> Iterable[Callable[[], None]]:
+    for share in made.shares:
+        if share.rank == rank:
+            yield partial(_write_share, made, share, files, staging, moved)
+    for name, owner in made.passed_ranks:
+        if owner == rank:
+            assert made.passed is not None
+            yield partial(_copy_tensor, files, made.args.source, made.passed.tensors[name], staging, made.tensors[name], moved)
+
+
+def _copy_tensor(
+    files: transfer.Files, source: Path, before: TensorInfo, target: Path, after: TensorInfo, moved: Callable[[int], None]
+) -> None:
+    transfer.copy_range(
+        files.reader(source / before.file), before.offset, files.writer(target / after.file), after.offset, before.nbytes,
+        moved, cast_to(before.dtype, after.dtype),
+    )  # fmt: skip
+
+
+def _write_share(
+    made: ExportPlan, share: plans.Share, files: transfer.Files, staging: Path, moved: Callable[[int], None]
+) -> None:
+    rule = made.matched.weight_map.rules[share.rule]
+    tensor = rule.stored[share.stored]
+    stored = made.stored[tensor.name]
+    aliases = {target: alias for alias, target in made.matched.aliases.items()}
+    for run in stored_rows(made.matched.segments[share.rule], share.stored, share.row, share.row + share.rows):
+        name = rule.hf[run.hf].name
+        for i, out in enumerate(n for n in (name, aliases.get(name)) if n in made.tensors):
+            _write_rows(made, stored, tensor.row_elements, run, made.tensors[out], files, staging, moved if i == 0 else _silent)
+
+
+def _silent(_: int) -> None:
+    """Bytes of a tied tensor's second copy do not count as progress."""
+
+
+def _write_rows(
+    made: ExportPlan, stored: torch_dist.StoredTensor, row_elements: int, run: Any, info: TensorInfo, files: transfer.Files,
+    staging: Path, moved: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Rows ``[run.stored_row, + run.count)`` of a checkpoint tensor, however it is chunked, to rows of an HF tensor."""
+    source = made.args.source
+    size, cast = itemsize(stored.dtype), cast_to(stored.dtype, info.dtype)
+    out_row = row_elements * itemsize(info.dtype)
+    target = files.writer(staging / info.file)
+    first, stop = run.stored_row, run.stored_row + run.count
+    hits = [c for c in stored.chunks if c.offsets[0] < stop and first < c.offsets[0] + c.sizes[0]]
+    edges = {first, stop, *(e for c in hits for e in (c.offsets[0], c.offsets[0] + c.sizes[0]) if first < e < stop)}
+    cuts = sorted(edges)
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        parts, covered = [], 0
+        for chunk in hits:
+            if not (chunk.offsets[0] <= a and b <= chunk.offsets[0] + chunk.sizes[0]):
+                continue
+            width = row_elements if len(chunk.sizes) == 1 else _row_elements(chunk)
+            left = chunk.offsets[1] if width != row_elements else 0
+            fd = files.reader(source / chunk.file)
+            at = made.data_offset(fd, stored, chunk) + (a - chunk.offsets[0]) * width * size
+            parts.append((fd, at, left * size, (left + width) * size))
+            covered += width
+            if covered >= row_elements:
+                break
+        if covered != row_elements:
+            raise UserError(f"{source}: {stored.key}: rows {a} to {b} are not covered by the checkpoint's chunks exactly once")
+        to = info.offset + (run.hf_row + a - first) * out_row
+        if len(parts) == 1:
+            transfer.copy_range(parts[0][0], parts[0][1], target, to, (b - a) * row_elements * size, moved, cast)
+        else:
+            transfer.join_columns(parts, row_elements * size, b - a, target, to, moved, cast)
+
+
+def _row_elements(chunk: torch_dist.Chunk) -> int:
+    elements = 1
+    for n in chunk.sizes[1:]:
+        elements *= n
+    return elements
+
+
+def _written_digests(made: ExportPlan, staging: Path, files: transfer.Files, world: World) -> dict[str, str]:
+    sizes = [(n, t.nbytes) for n, t in made.tensors.items()]
+    mine = [n for n, rank in plans.spread(sizes, world.size) if rank == world.rank]
+    jobs = [(n, staging / made.tensors[n].file, made.tensors[n].offset, made.tensors[n].nbytes, None) for n in mine]
+    return tensor_digests(jobs, files, world, "verify", sum(size for _, size in sizes))
+
+
+def _finish(made: ExportPlan, staging: Path, digests: dict[str, str], world: World) -> dict[str, Any]:
+    """Rank 0: index, audit, certificate, publication."""
+    _write_index(made, staging)
+    audit = open_hf(staging)  # raises when index, headers and files do not agree
+    certificate = _certificate(made, digests, sorted(audit.tensors))
+    if certificate["different"]:
+        first = certificate["different"][0]
+        raise UserError(
+            f"{made.args.source}: {len(certificate['different'])} of {len(made.tensors)} tensors differ from what was imported, "
+            f"e.g. {first}; the checkpoint is damaged: nothing was published. Import it again"
+        )
+    write_json(staging / PARITY_NAME, certificate)
+    world.check()
+    publish.publish(staging, made.args.target, made.args.overwrite)
+    return {
+        "target": str(made.args.target), "tensors": len(made.tensors), "bytes": sum(made.bytes_per_rank),
+        "bytes_per_rank": made.bytes_per_rank, "parity": {k: certificate[k] for k in ("verified", "equal", "cast", "unknown")},
+        "passed_through": len(made.passed_ranks), "dropped": len(made.dropped), "certificate": str(made.args.target / PARITY_NAME),
+    }  # fmt: skip
+
+
+def _write_index(made: ExportPlan, staging: Path) -> None:
+    """The source's own index when it still lists exactly what was written, else one that does."""
+    source = made.args.source / HF_DIR / INDEX_NAME
+    if not source.exists():
+        assert set(made.shards) == {SINGLE_NAME}, sorted(made.shards)
+        return
+    index = json.loads(source.read_bytes())
+    if set(index["weight_map"]) == set(made.tensors) and not made.casts and not made.manifest.casts:
+        shutil.copyfile(source, staging / INDEX_NAME)
+        return
+    names = [n for n in index["weight_map"] if n in made.tensors]
+    total = sum(t.nbytes for t in made.tensors.values())
+    metadata = {**index.get("metadata", {}), "total_size": total}
+    write_json(staging / INDEX_NAME, {"metadata": metadata, "weight_map": {n: made.tensors[n].file for n in names}})
+
+
+def _certificate(made: ExportPlan, digests: dict[str, str], index_names: list[str]) -> dict[str, Any]:
+    """The parity certificate: what was written, against the digests that the import took of the source."""
+    expected = made.manifest.digests
+    status = {}
+    for name in made.tensors:
+        if name in made.casts:
+            status[name] = "cast"
+        elif name not in digests or name not in expected:
+            status[name] = "unknown"
+        else:
+            status[name] = "equal" if digests[name] == expected[name] else "different"
+    count = {s: sum(v == s for v in status.values()) for s in ("equal", "cast", "unknown")}
+    return {
+        "format": 1, "kind": "export", "source": str(made.args.source), "imported_from": made.manifest.source,
+        "verified": made.args.verify, "tensors": len(made.tensors), **count,
+        "different": sorted(n for n, s in status.items() if s == "different"),
+        "tied": made.manifest.aliases, "passed_through": [n for n, _ in sorted(made.passed_ranks)],
+        "dropped": sorted({*made.dropped, *made.manifest.dropped}),
+        "casts": {"import": made.manifest.casts, "export": made.casts},
+        "index": {"files": sorted(made.shards), "names_equal_files": index_names == sorted(made.tensors)},
+        "layout": made.args.layout.as_layout(), "versions": {"written_by": made.manifest.versions, "exported_by": versions()},
+        "digest": "blake3", "digests": {n: {"digest": digests.get(n), "status": status[n]} for n in made.tensors},
+    }  # fmt: skip
+

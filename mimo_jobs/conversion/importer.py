@@ -1,0 +1,312 @@
+"""Hugging Face -> MIMO checkpoint: every rank reads its own slices of the safetensors files and writes its own file."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mimo_jobs.checkpoint import torch_dist
+from mimo_jobs.checkpoint.manifest import (
+    HEADERS_DIR, HF_DIR, PASSED_THROUGH_NAME, Manifest, companion_files, read_config, versions, write_json,
+    write_manifest,
+)
+from mimo_jobs.conversion import publish
+from mimo_jobs.conversion.digests import file_threads, tensor_digests
+from mimo_jobs.errors import UsageError, UserError
+from mimo_jobs.families import family_of
+from mimo_jobs.families.spec import Family
+from mimo_jobs.layout import ResolvedLayout
+from mimo_jobs.parallel.world import World
+from mimo_jobs.weights import plan as plans
+from mimo_jobs.weights import transfer
+from mimo_jobs.weights.dtypes import cast_to, itemsize, parse_dtype
+from mimo_jobs.weights.rules import stored_rows
+from mimo_jobs.weights.safetensors_io import INDEX_NAME, HfCheckpoint, Shard, make_header, new_shard, open_hf
+
+MTP_CHOICES = ("keep", "drop")
+
+
+@dataclass(frozen=True)
+class ImportArgs:
+    """See `jobs.import_hf`."""
+
+    model: Path
+    target: Path
+    layout: ResolvedLayout
+    dtype: str | None = None
+    mtp: str = "keep"
+    overwrite: bool = False
+    fsync: bool = True
+
+
+@dataclass
+class ImportPlan:
+    """What every rank will do, the same on every rank.
+
+    Attributes:
+        writes: (box, rank, chunk): which rank writes which box to which place of its file.
+        tensors: the checkpoint's tensors with all their chunks.
+        files: weight file -> bytes.
+        exported: the shards that an export of this checkpoint writes (dtype and dropped tensors applied).
+        passed: the one file of passed-through tensors, None without any; ``passed_ranks``: who copies which.
+    """
+
+    args: ImportArgs
+    family: Family
+    config: dict[str, Any]
+    hf: HfCheckpoint
+    matched: plans.Matched
+    dtypes: list[str]
+    exported: dict[str, Shard]
+    casts: dict[str, list[str]]
+    dropped: list[str]
+    writes: list[tuple[plans.Box, int, torch_dist.Chunk]] = field(default_factory=list)
+    tensors: dict[str, torch_dist.StoredTensor] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    passed: Shard | None = None
+    passed_ranks: list[tuple[str, int]] = field(default_factory=list)
+    common: torch_dist.Chunk | None = None
+
+    @property
+    def bytes_per_rank(self) -> list[int]:
+        """Bytes that each rank reads, and writes, of weights."""
+        moved = [0] * self.args.layout.world_size
+        for box, rank, _ in self.writes:
+            moved[rank] += box.rows * box.columns * itemsize(self.dtypes[box.rule])
+        for name, rank in self.passed_ranks:
+            moved[rank] += self.hf.tensors[name].nbytes
+        return moved
+
+
+def plan_import(args: ImportArgs) -> ImportPlan:
+    """Read config and headers, check everything that can be checked, and place every byte. No tensor is read.
+
+    Raises:
+        UserError: see `safetensors_io.open_hf`, `plan.match`; UsageError for a layout the model does not allow.
+    """
+    if args.mtp not in MTP_CHOICES:
+        raise UsageError(f"mtp={args.mtp!r}: expected one of {', '.join(MTP_CHOICES)}")
+    dtype = parse_dtype(args.dtype) if args.dtype else None
+    config = read_config(args.model)
+    family = family_of(config, args.model / "config.json")
+    weight_map = family.weight_map(config)
+    plans.check_layout(weight_map, args.layout)
+    hf = open_hf(args.model)
+    matched = plans.match(weight_map, hf.tensors, str(args.model))
+    dropped = matched.passed_through if args.mtp == "drop" else []
+    if args.mtp == "drop":
+        config = family.drop_passed_through(config)
+    if dtype:
+        _set_dtype(config, dtype)
+    casts = {
+        n: [t.dtype, dtype] for n, t in hf.tensors.items() if dtype and cast_to(t.dtype, dtype) and n not in dropped
+    }
+    made = ImportPlan(
+        args, family, config, hf, matched, [dtype or d for d in matched.dtypes],
+        {s.name: _exported(s, args.model, casts, dropped) for s in hf.shards.values()}, casts, dropped,
+    )  # fmt: skip
+    made.exported = {n: s for n, s in made.exported.items() if s.tensors}
+    _place_boxes(made)
+    _place_passed_through(made)
+    return made
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    from mimo_jobs.weights.dtypes import DTYPES
+
+    for section in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        for name in ("dtype", "torch_dtype"):
+            if section.get(name):
+                section[name] = DTYPES[dtype][1]
+
+
+def _exported(shard: Shard, directory: Path, casts: dict[str, list[str]], dropped: list[str]) -> Shard:
+    """The shard as an export writes it: the source's own header unless a cast or a drop changes it."""
+    kept = [t for t in shard.tensors.values() if t.name not in dropped]
+    if len(kept) == len(shard.tensors) and not any(t.name in casts for t in kept):
+        return shard
+    entries = [(t.name, casts.get(t.name, [t.dtype, t.dtype])[1], t.shape) for t in kept]
+    return new_shard(directory, shard.name, make_header(entries, shard.metadata))
+
+
+def _place_boxes(made: ImportPlan) -> None:
+    layout, rules = made.args.layout, made.matched.weight_map.rules
+    boxes = plans.boxes(made.matched.weight_map, layout)
+    sizes = [(b.rows * b.columns * itemsize(made.dtypes[b.rule]), b.holders) for b in boxes]
+    ranks = plans.give_out(sizes, layout.world_size)
+    ends = dict.fromkeys(sorted(set(ranks)), 0)
+    for box, rank in zip(boxes, ranks, strict=True):
+        rule = rules[box.rule]
+        tensor, dtype = rule.stored[box.stored], made.dtypes[box.rule]
+        offsets, shape = plans.box_extent(tensor, box)
+        prefix, suffix = torch_dist.frame(dtype, shape)
+        length = len(prefix) + math.prod(shape) * itemsize(dtype) + len(suffix)
+        at = -(-ends[rank] // torch_dist.ALIGNMENT) * torch_dist.ALIGNMENT
+        ends[rank] = at + length
+        chunk = torch_dist.Chunk(offsets, shape, f"__{rank}_0.distcp", at, length)
+        made.writes.append((box, rank, chunk))
+        component = layout.components[rule.component]
+        stored = torch_dist.StoredTensor(tensor.name, dtype, plans.stored_shape(tensor, component))
+        made.tensors.setdefault(tensor.name, stored).chunks.append(chunk)
+    first = min(ends)
+    common = torch_dist.common_archive()
+    made.common = torch_dist.Chunk((), (), f"__{first}_0.distcp", ends[first], len(common))
+    ends[first] += len(common)
+    made.files = {f"__{rank}_0.distcp": end for rank, end in ends.items()}
+
+
+def _place_passed_through(made: ImportPlan) -> None:
+    kept = [n for n in made.matched.passed_through if n not in made.dropped]
+    if not kept:
+        return
+    dtypes = {n: made.casts.get(n, [made.hf.tensors[n].dtype] * 2)[1] for n in kept}
+    header = make_header([(n, dtypes[n], made.hf.tensors[n].shape) for n in kept], {"format": "pt"})
+    made.passed = new_shard(made.args.target, PASSED_THROUGH_NAME, header)
+    made.passed_ranks = plans.spread(((n, made.hf.tensors[n].nbytes) for n in kept), made.args.layout.world_size)
+    made.files[PASSED_THROUGH_NAME] = made.passed.size
+
+
+def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
+    """Do this rank's part of an import; rank 0 publishes. Returns the summary (the same on every rank).
+
+    Raises:
+        UserError: bad input, no space, or (JobFailed) another rank failed first. Nothing is published then.
+    """
+    made = plan_import(args)
+    if world.rank == 0:
+        publish.check_target(args.target, args.overwrite)
+        publish.check_space(args.target, sum(made.files.values()))
+    staging = publish.staging_of(args.target, world.run_id)
+    try:
+        if world.rank == 0:
+            publish.open_staging(args.target, world.run_id)
+            _write_companions(made, staging)
+        world.barrier("staging")
+        with transfer.Files() as files:
+            with world.phase("import", sum(made.bytes_per_rank)) as moved:
+                transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
+            digests = _source_digests(made, files, world)
+            if args.fsync:
+                files.sync()
+        results = world.gather("imported", digests)
+        if results is not None:
+            _finish(made, staging, {n: d for part in results for n, d in part.items()}, world)
+        return world.broadcast("published", _summary(made) if world.rank == 0 else None)
+    except BaseException:
+        if world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _tasks(
+    made: ImportPlan, staging: Path, files: transfer.Files, rank: int, moved: Callable[[int], None]
+) -> Iterable[Callable[[], None]]:
+    for box, owner, chunk in made.writes:
+        if owner == rank:
+            yield partial(_write_box, made, box, chunk, files, staging, moved)
+    for name, owner in made.passed_ranks:
+        if owner == rank:
+            assert made.passed is not None
+            source, kept = made.hf.tensors[name], made.passed.tensors[name]
+            cast = cast_to(source.dtype, kept.dtype)
+            yield lambda s=source, k=kept, c=cast: transfer.copy_range(
+                files.reader(made.hf.directory / s.file), s.offset, files.writer(staging / PASSED_THROUGH_NAME), k.offset,
+                s.nbytes, moved, c,
+            )  # fmt: skip
+    if rank == 0 and made.passed is not None:
+        head = len(made.passed.header).to_bytes(8, "little") + made.passed.header
+        yield lambda: transfer.write_full(files.writer(staging / PASSED_THROUGH_NAME), head, 0)
+    if made.common is not None and made.common.file == f"__{rank}_0.distcp":
+        common = made.common
+        yield lambda: transfer.write_full(files.writer(staging / common.file), torch_dist.common_archive(), common.offset)
+
+
+def _write_box(
+    made: ImportPlan, box: plans.Box, chunk: torch_dist.Chunk, files: transfer.Files, staging: Path,
+    moved: Callable[[int], None],
+) -> None:  # fmt: skip
+    rule, target = made.matched.weight_map.rules[box.rule], files.writer(staging / chunk.file)
+    before, after = made.matched.dtypes[box.rule], made.dtypes[box.rule]
+    prefix, suffix = torch_dist.frame(after, chunk.sizes)
+    transfer.write_full(target, prefix, chunk.offset)
+    tensor, size, cast = rule.stored[box.stored], itemsize(before), cast_to(before, after)
+    row_bytes, at = tensor.row_elements * size, chunk.offset + len(prefix)
+    for run in stored_rows(made.matched.segments[box.rule], box.stored, box.row, box.row + box.rows):
+        info = made.hf.tensors[rule.hf[run.hf].name]
+        source = files.reader(made.hf.directory / info.file)
+        to = at + (run.stored_row - box.row) * box.columns * itemsize(after)
+        first = info.offset + run.hf_row * row_bytes
+        if box.columns == tensor.row_elements:
+            transfer.copy_range(source, first, target, to, run.count * row_bytes, moved, cast)
+        else:
+            left, right = box.column * size, (box.column + box.columns) * size
+            transfer.gather_columns(source, first, row_bytes, left, right, run.count, target, to, moved, cast)
+    # Rows of a padded vocabulary are zero: a new file's unwritten range is.
+    transfer.write_full(target, suffix, chunk.offset + chunk.length - len(suffix))
+
+
+def _source_digests(made: ImportPlan, files: transfer.Files, world: World) -> dict[str, str]:
+    """Digests of the bytes an export has to write, of this rank's share of the HF tensors. Ties are checked here."""
+    names = [n for s in made.exported.values() for n in s.tensors]
+    tensors = [made.hf.tensors[n] for n in names]
+    mine = [n for n, rank in plans.spread(((t.name, t.nbytes) for t in tensors), world.size) if rank == world.rank]
+    jobs = [
+        (n, made.hf.directory / made.hf.tensors[n].file, made.hf.tensors[n].offset, made.hf.tensors[n].nbytes,
+         cast_to(made.hf.tensors[n].dtype, made.casts.get(n, [None, None])[1]))
+        for n in mine
+    ]  # fmt: skip
+    return tensor_digests(jobs, files, world, "digest", sum(t.nbytes for t in tensors))
+
+
+def _write_companions(made: ImportPlan, staging: Path) -> None:
+    hf = staging / HF_DIR
+    (hf / HEADERS_DIR).mkdir(parents=True)
+    for file in companion_files(made.args.model):
+        shutil.copyfile(file, hf / file.name)
+    if made.config != read_config(made.args.model):
+        write_json(hf / "config.json", made.config)
+    for shard in made.exported.values():
+        (hf / HEADERS_DIR / f"{shard.name}.json").write_bytes(shard.header)
+    if made.hf.index is not None:
+        (hf / INDEX_NAME).write_bytes(made.hf.index)
+
+
+def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], world: World) -> None:
+    """Rank 0: ties, metadata, manifest, publication."""
+    for name, target in made.matched.aliases.items():
+        if digests[name] != digests[target]:
+            raise UserError(
+                f"{made.args.model}: {name} is tied to {target} (tie_word_embeddings=true) but holds other values; "
+                "set tie_word_embeddings=false in config.json, or remove the tensor"
+            )
+    assert made.common is not None
+    for name, size in made.files.items():
+        found = (staging / name).stat().st_size
+        assert found == size, (name, found, size)
+    metadata = torch_dist.encode_metadata(made.tensors.values(), {torch_dist.COMMON_KEY: made.common})
+    (staging / torch_dist.METADATA_NAME).write_bytes(metadata)
+    write_json(staging / torch_dist.FORMAT_NAME, torch_dist.FORMAT_JSON)
+    write_manifest(
+        Manifest(
+            model_type=made.family.model_type, rules_version=made.family.rules_version, config=made.config,
+            source={"path": str(made.args.model), "tensors": len(made.hf.tensors), "bytes": made.hf.nbytes},
+            layout=made.args.layout.as_layout(), digests=digests, casts=made.casts, aliases=made.matched.aliases,
+            passed_through=[n for n in made.matched.passed_through if n not in made.dropped], dropped=made.dropped,
+            files=made.files, versions=versions(),
+        ),
+        staging,
+    )  # fmt: skip
+    world.check()
+    publish.publish(staging, made.args.target, made.args.overwrite)
+
+
+def _summary(made: ImportPlan) -> dict[str, Any]:
+    return {
+        "target": str(made.args.target), "tensors": len(made.hf.tensors) - len(made.dropped),
+        "bytes": sum(made.bytes_per_rank), "bytes_per_rank": made.bytes_per_rank,
+        "passed_through": len(made.passed_ranks), "dropped": len(made.dropped), "cast": len(made.casts),
+        "tied": sorted(made.matched.weight_map.aliases),
+    }  # fmt: skip

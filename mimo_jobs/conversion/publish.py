@@ -1,0 +1,109 @@
+"""Outputs appear whole or not at all: written beside the target, renamed at the end."""
+
+import ctypes
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from mimo_jobs.errors import UserError
+
+_OWNER = ".owner.json"
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise `UserError` unless ``target`` can be written: it does not exist (or ``overwrite``), its parent can be."""
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise UserError(f"{target}: exists; choose another target, or give overwrite=true to replace it when the new one is complete")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file; give a directory")
+    parent = next(p for p in target.parents if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{target}: cannot be made: no permission to write to {parent}")
+
+
+def check_space(target: Path, needed: int) -> int:
+    """Free bytes where ``target`` goes. Raises `UserError` when ``needed`` do not fit."""
+    parent = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(f"{target}: needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free")
+    return free
+
+
+def staging_of(target: Path, run_id: str) -> Path:
+    """Where a run writes before it is published; on the target's own filesystem."""
+    return target.parent / f".{target.name}.partial-{run_id}"
+
+
+def open_staging(target: Path, run_id: str) -> Path:
+    """Make this run's staging directory, after clearing those that dead runs on this host left for the same target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
+        if old.name == staging_of(target, run_id).name or _abandoned(old):
+            shutil.rmtree(old, ignore_errors=True)
+    staging = staging_of(target, run_id)
+    staging.mkdir()
+    (staging / _OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    return staging
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _abandoned(staging: Path) -> bool:
+    try:
+        owner = json.loads((staging / _OWNER).read_text())
+        return owner["host"] == socket.gethostname() and not Path(f"/proc/{owner['pid']}").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def publish(staging: Path, target: Path, overwrite: bool) -> None:
+    """Rename a complete directory to its target. With ``overwrite`` the old one is exchanged atomically, then removed.
+
+    Raises:
+        UserError: the target appeared meanwhile.
+    """
+    (staging / _OWNER).unlink(missing_ok=True)
+    _sync_directory(staging)
+    if _rename(staging, target, _RENAME_NOREPLACE):
+        pass
+    elif not overwrite:
+        raise UserError(f"{target}: appeared while this job ran; the new one is kept at {staging}")
+    elif _rename(staging, target, _RENAME_EXCHANGE):
+        shutil.rmtree(staging, ignore_errors=True)  # now the old one
+    else:
+        # A filesystem without RENAME_EXCHANGE: between these two renames the old one is whole under its other name.
+        old = staging.with_name(staging.name + ".old")
+        os.rename(target, old)
+        os.rename(staging, target)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_directory(target.parent)
+
+
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """renameat2(2). False when the flag's condition does not hold or the filesystem does not know it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    error = ctypes.get_errno()
+    if flag == _RENAME_NOREPLACE and error in (22, 38):  # EINVAL, ENOSYS: unknown here
+        if target.exists():
+            return False
+        os.rename(source, target)
+        return True
+    if error in (17, 22, 38):
+        return False
+    raise OSError(error, os.strerror(error), str(target))
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,173 @@
+"""Attention layers of Qwen3.5: scaled dot product on PyTorch, gated attention, Gated DeltaNet.
+
+megatron-core's stock pieces need transformer-engine, flash-linear-attention or ``parallel_state``; these do not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import megatron.core.ssm.gated_delta_net.common as mcore_gdn
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet as McoreGatedDeltaNet
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """The ``core_attention`` of both components, on ``F.scaled_dot_product_attention``: causal or full, grouped queries."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_unused: object,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict reads it
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_unused: object,
+    ) -> Tensor:
+        """Attend; masks other than causal are not needed (right-padded batches) and are ignored.
+
+        Args:
+            query: (seq, batch, heads, head_dim), or (tokens, heads, head_dim) with packed_seq_params.
+            key: the same with kv heads.
+            value: the same with kv heads.
+
+        Returns:
+            (seq, batch, heads * head_dim), or (tokens, heads * head_dim), in query's dtype.
+        """
+        packed = query.dim() == 3
+        if packed:
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        seq, batch, _, _ = query.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # batch, heads, seq, head_dim
+        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
+        if packed_seq_params is None:
+            out = self._attend(q, k, v, causal)
+        else:
+            bounds = packed_seq_params.cu_seqlens_q
+            lengths = (bounds[1:] - bounds[:-1]).tolist()
+            parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+            out = torch.cat([self._attend(*part, causal) for part in parts], 2)
+        out = out.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+        return out.squeeze(1) if packed else out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.softmax_scale, enable_gqa=grouped)
+
+
+class GatedSelfAttention(SelfAttention):
+    """``SelfAttention`` with an output gate whose tp may exceed the number of key-value groups.
+
+    megatron-core implements that case, but takes the gate's rank from ``parallel_state`` (attention.py, 0.19.2).
+    """
+
+    def get_query_key_value_tensors(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = True,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Project to query, key, value and gate.
+
+        The rows of ``linear_qkv`` are, per key-value group, [queries, gates, key, value].
+
+        Args:
+            hidden_states: (seq, batch, hidden).
+
+        Returns:
+            query (seq, batch, local heads, head_dim), key and value (seq, batch, local groups, head_dim), gate like query.
+        """
+        assert output_gate and split_qkv and key_value_states is None
+        tp, groups = self.pg_collection.tp, self.config.num_query_groups
+        head_dim, heads_per_group = self.hidden_size_per_attention_head, self.config.num_attention_heads // groups
+        mixed, _ = self.linear_qkv(hidden_states)
+        ranks_per_group = max(1, tp.size() // groups)
+        if ranks_per_group > 1:  # a group's rows are spread over ranks: gather all, keep the own group
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=tp)
+            mixed = mixed.chunk(groups, -1)[tp.rank() // ranks_per_group]
+        rows = [heads_per_group * head_dim, heads_per_group * head_dim, head_dim, head_dim]
+        query, gate, key, value = mixed.unflatten(-1, (-1, sum(rows))).split(rows, -1)
+        query, gate = query.unflatten(-1, (-1, head_dim)), gate.unflatten(-1, (-1, head_dim))
+        if ranks_per_group > 1:
+            own = tp.rank() % ranks_per_group
+            query, gate = (t.chunk(ranks_per_group, 3)[own] for t in (query, gate))
+        query, gate = query.flatten(2, 3), gate.flatten(2, 3)
+        return self.q_layernorm(query), self.k_layernorm(key), value, gate
+
+
+def uses_flash_linear_attention(dtype: torch.dtype) -> bool:
+    """Whether Gated DeltaNet runs on flash-linear-attention's kernels.
+
+    fp32 does not: those kernels compute in TF32 (1.5e-3 relative off the reference, measured on H100).
+    """
+    return mcore_gdn.HAVE_FLA and torch.cuda.is_available() and dtype != torch.float32
+
+
+class GatedDeltaNet(McoreGatedDeltaNet):
+    """megatron-core's Gated DeltaNet, also without flash-linear-attention, and exact in mixed precision.
+
+    Without it ``config.deterministic_mode`` selects megatron-core's chunked rule in plain PyTorch.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        with _without_fla_guard():
+            super().__init__(config, *args, use_qk_l2norm=not config.deterministic_mode, **kwargs)
+        if config.deterministic_mode:
+            self.gated_delta_rule = _torch_gated_delta_rule
+        self.out_norm.tp_group = self.tp_group
+
+    def _compute_g_and_beta(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, A_log_local_cp: Tensor, dt_bias_local_cp: Tensor, alpha: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log decay (fp32) and write strength; exponentiates ``A_log`` in fp32 as Hugging Face does, megatron-core does not."""
+        decay = -A_log_local_cp.float().exp() * F.softplus(alpha.float() + dt_bias_local_cp.float())
+        return decay, beta.sigmoid()
+
+
+def _torch_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The chunked rule after the query-key norm, which megatron-core only has in flash-linear-attention's version."""
+    return mcore_gdn.torch_chunk_gated_delta_rule(_l2_normalised(q), _l2_normalised(k), v, **kwargs)
+
+
+def _l2_normalised(x: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+
+
+@contextmanager
+def _without_fla_guard() -> Iterator[None]:
+    """Let ``GatedDeltaNet.__init__`` pass its check for flash-linear-attention, which its torch rule does not use."""
+    had_fla, mcore_gdn.HAVE_FLA = mcore_gdn.HAVE_FLA, True
+    try:
+        yield
+    finally:
+        mcore_gdn.HAVE_FLA = had_fla

@@ -1,0 +1,101 @@
+"""Run megatron-core 0.19.2 on CPU and gloo. The only file that touches megatron-core's or PyTorch's internals for it.
+
+megatron-core names CUDA outright: ``device="cuda"``, ``torch.cuda.current_device()``, ``backend="nccl"``, an assert on
+``torch.cuda.FloatTensor``. `install` turns each into its CPU meaning. Nothing happens when CUDA is there.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+
+def install() -> None:
+    """Make this process run megatron-core without CUDA; idempotent, and a no-op where CUDA is available.
+
+    Call it before a model is built. It lasts for the life of the process.
+    """
+    if torch.cuda.is_available():
+        return
+    _install_once()
+
+
+@functools.cache
+def _install_once() -> None:
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    torch.cuda.current_stream = lambda *_args, **_kwargs: _NoStream()
+    torch.cuda.empty_cache = lambda: None
+    dist.new_group = _on_gloo(dist.new_group)
+    dist.new_subgroups_by_enumeration = _on_gloo(dist.new_subgroups_by_enumeration)
+    _CudaMeansCpu().__enter__()
+    _replace_in_megatron()
+
+
+def _replace_in_megatron() -> None:
+    """Two places with no device argument to redirect."""
+    from megatron.core.models.mimo import optimizer as mimo_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    # There is no CUDA generator to fork; dropout is 0 and weights come from checkpoints.
+    CudaRNGStatesTracker.fork = lambda *_args, **_kwargs: contextlib.nullcontext()
+    # The original clips with multi_tensor_apply over "torch.cuda.FloatTensor" gradients.
+    for module in (mimo_optimizer, clip_grads, distrib_optimizer, optimizer):
+        if hasattr(module, "clip_grad_by_total_norm_fp32"):
+            module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites ``device="cuda"`` (schedules, optimizers), ``.cuda()`` and the type name that optimizers assert."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """The only stream of a CPU: everything on it has happened already."""
+
+    def wait_stream(self, *_args: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_event(self, *_args: object) -> None: ...
+
+    def record_event(self, *_args: object) -> None: ...
+
+
+def _on_gloo(create: Callable) -> Callable:
+    """The bridge communicators ask for NCCL groups by name (models/mimo/comm, pipeline_parallel)."""
+
+    @functools.wraps(create)
+    def created(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("backend") == "nccl":
+            kwargs["backend"] = "gloo"
+        return create(*args, **kwargs)
+
+    return created
+
+
+def _clip_grad_by_total_norm_fp32(
+    parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+) -> None:
+    """Scale gradients in place by ``max_norm / total_norm`` when that is below one (clip_grads.py, same arithmetic)."""
+    scale = max_norm / (total_norm + 1.0e-6)
+    if scale >= 1.0:
+        return
+    for parameter in [parameters] if torch.is_tensor(parameters) else parameters:
+        gradient = parameter.decoupled_grad if use_decoupled_grad else parameter.grad
+        if gradient is not None:
+            gradient.detach().mul_(scale)

@@ -1,0 +1,108 @@
+"""The Qwen3.5 decoder as a megatron-core ``GPTModel``: embedding, hybrid layers, head."""
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from transformers import PreTrainedConfig
+
+from mimo_jobs.layout import Component, padded_vocab, stage_layers
+from mimo_jobs.modeling.attention import GatedDeltaNet, GatedSelfAttention, ScaledDotProductAttention
+from mimo_jobs.modeling.norms import GatedDeltaOutNorm, RMSNorm, parameter_device
+from mimo_jobs.modeling.rope import InterleavedMRope
+
+
+class LanguageModel(GPTModel):
+    """``GPTModel`` with the interleaved multimodal rotary embedding of Qwen3.5.
+
+    Takes position ids of shape (3, batch, seq); logits are (batch, seq, padded vocabulary / tp).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, rotary_base: float, rotary_percent: float, **kwargs: Any):
+        super().__init__(config, *args, position_embedding_type="none", **kwargs)
+        assert config.mrope_section is not None and config.kv_channels is not None
+        self.position_embedding_type = "mrope"
+        self.mrope_section = config.mrope_section
+        rotary_dim = int(config.kv_channels * rotary_percent)
+        self.rotary_pos_emb = InterleavedMRope(rotary_dim, rotary_base, parameter_device(config))
+
+
+def language_spec(
+    hf: PreTrainedConfig, config: TransformerConfig, component: Component, groups: ProcessGroupCollection | None
+) -> ModuleSpec:
+    """The spec from which ``MimoModel`` builds this rank's stage of the decoder.
+
+    Args:
+        hf: the whole model's config.
+        config: from `mimo_jobs.modeling.config.language_config`.
+        component: sizes of the language component.
+        groups: this rank's groups; None on a rank outside the component, where the spec is never built.
+    """
+    text, stage = hf.text_config, groups.pp.rank() if groups else 0
+    layers = stage_layers(text.num_hidden_layers, component.pp)[stage]
+    params = dict(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[_layer_spec(text.layer_types[i]) for i in layers], layer_norm=RMSNorm
+        ),
+        vocab_size=padded_vocab(text.vocab_size, component.tp),
+        max_sequence_length=text.max_position_embeddings,
+        parallel_output=True,  # each tensor rank keeps its slice of the vocabulary
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        pre_process=stage == 0,
+        post_process=stage == component.pp - 1,
+        pg_collection=groups,
+        rotary_base=text.rope_parameters["rope_theta"],
+        rotary_percent=text.rope_parameters.get("partial_rotary_factor", 1.0),
+        scatter_embedding_sequence_parallel=False,  # MimoModel scatters after the images are put in
+    )
+    return ModuleSpec(module=LanguageModel, params=params)
+
+
+def _layer_spec(kind: str) -> ModuleSpec:
+    """One decoder layer; ``kind`` is an entry of HF's ``layer_types``."""
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention={"full_attention": _gated_attention, "linear_attention": _gated_delta_net}[kind](),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _gated_attention() -> ModuleSpec:
+    return ModuleSpec(
+        module=GatedSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=ScaledDotProductAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+
+
+def _gated_delta_net() -> ModuleSpec:
+    return ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=ColumnParallelLinear, out_norm=GatedDeltaOutNorm, out_proj=RowParallelLinear
+        ),
+    )

@@ -1,0 +1,136 @@
+"""The Qwen3.5 vision tower on megatron-core layers: patch embedding, transformer blocks, merger.
+
+Reference: ``Qwen3_5VisionModel`` in transformers. The position helpers are transformers' own.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from mimo_jobs.modeling.attention import ScaledDotProductAttention
+from mimo_jobs.modeling.norms import LayerNorm, parameter_device
+from mimo_jobs.modeling.rope import VisionRope
+
+
+class VisionTower(MegatronModule):
+    """Patches to image tokens of the decoder's width."""
+
+    def __init__(self, config: TransformerConfig, vision: PreTrainedConfig, pg_collection: ProcessGroupCollection):
+        super().__init__(config=config)
+        self.vision = vision
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        placed = dict(dtype=config.params_dtype, device=parameter_device(config))
+        # HF's Conv3d has stride == kernel: a linear map of the flattened patch.
+        patch_features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        self.patch_embed = nn.Linear(patch_features, vision.hidden_size, **placed)
+        self.pos_embed = nn.Embedding(vision.num_position_embeddings, vision.hidden_size, **placed)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=TransformerBlockSubmodules(layer_specs=[_layer_spec()] * vision.depth, layer_norm=None),
+            post_layer_norm=False,
+            pg_collection=pg_collection,
+        )
+        self.merger = PatchMerger(config, vision, pg_collection.tp)
+        assert config.kv_channels is not None
+        rope_base = (vision.rope_parameters or {}).get("rope_theta", 10000.0)
+        self.rope = VisionRope(config.kv_channels, rope_base, parameter_device(config))
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Encode images of any sizes in one packed sequence.
+
+        Args:
+            pixel_values: (patches, channels * temporal patch * patch * patch), as HF's image processor makes them.
+            grid_thw: int64 (images, 3): frames, patch rows, patch columns of each image.
+
+        Returns:
+            (patches / spatial_merge_size**2, out_hidden_size) in the parameters' dtype, image after image.
+        """
+        hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        hidden = hidden + self._positions(grid_thw).to(hidden.dtype)
+        angles = self.rope(get_vision_position_ids(grid_thw, self.vision.spatial_merge_size))
+        hidden = self.decoder(
+            hidden[:, None], attention_mask=None, rotary_pos_emb=angles, packed_seq_params=_frames(grid_thw)
+        )
+        return self.merger(hidden[:, 0])
+
+    def _positions(self, grid_thw: Tensor) -> Tensor:
+        """The learned square table of positions resampled to each image's grid: (patches, hidden)."""
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=int(self.vision.num_position_embeddings**0.5),
+            mode="bilinear",
+            align_corners=True,
+            spatial_merge_size=self.vision.spatial_merge_size,
+        )
+        return (self.pos_embed(indices) * weights[:, :, None]).sum(1)
+
+
+class PatchMerger(MegatronModule):
+    """Merge each square of patches into one token of the decoder's width."""
+
+    def __init__(self, config: TransformerConfig, vision: PreTrainedConfig, tp_group: torch.distributed.ProcessGroup):
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
+        shared = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False, tp_group=tp_group)
+        self.norm = LayerNorm(config, vision.hidden_size, config.layernorm_epsilon)
+        self.linear_fc1 = ColumnParallelLinear(self.merged_size, self.merged_size, gather_output=False, **shared)
+        self.linear_fc2 = RowParallelLinear(self.merged_size, vision.out_hidden_size, input_is_parallel=True, **shared)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(patches, hidden) to (patches / spatial_merge_size**2, out_hidden_size)."""
+        merged, _ = self.linear_fc1(self.norm(hidden).view(-1, self.merged_size))
+        return self.linear_fc2(F.gelu(merged))[0]
+
+
+def vision_spec(
+    hf: PreTrainedConfig, config: TransformerConfig, groups: ProcessGroupCollection | None
+) -> ModuleSpec:
+    """The spec of the tower; ``groups`` is None on a rank outside the component, where it is never built."""
+    return ModuleSpec(
+        module=VisionTower, params=dict(config=config, vision=hf.vision_config, pg_collection=groups)
+    )
+
+
+def _frames(grid_thw: Tensor) -> PackedSeqParams:
+    """Patches attend within their own frame of their own image."""
+    lengths = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def _layer_spec() -> ModuleSpec:
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,264 @@
+"""``layout.language.tp=2`` on the command line: the fields of a recipe, their types, and how a value is read and set.
+
+Fields come from signatures and dataclasses, so a wrong override is answered before Fiddle is imported (0.4 s).
+"""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_jobs import jobs, paths
+from mimo_jobs.errors import UsageError, did_you_mean
+from recipes import RECIPES
+
+NONE_WORDS = ("none", "null")
+BOOL_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+REQUIRED = dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class Field:
+    """A leaf that ``path=value`` can set. ``default`` is `REQUIRED` when there is none."""
+
+    path: str
+    type: Any
+    default: Any
+    doc: str
+
+
+def summaries() -> dict[str, str]:
+    """Recipe name -> first line of its docstring, read from the source: nothing is imported."""
+    trees = {m: ast.parse(_source(m)) for m in {e.module for e in RECIPES.values()}}
+    found = {}
+    for name, entry in RECIPES.items():
+        defs = [n for n in trees[entry.module].body if isinstance(n, ast.FunctionDef) and n.name == name]
+        assert len(defs) == 1, f"{entry.module} has no function {name}"
+        found[name] = (ast.get_docstring(defs[0]) or "").partition("\n")[0]
+    return found
+
+
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.loader, module
+    return spec.loader.get_source(module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def recipe_function(name: str) -> Callable[..., Any]:
+    """The recipe's function, by its name in the table."""
+    return getattr(importlib.import_module(RECIPES[name].module), name)
+
+
+def recipe_fields(name: str) -> dict[str, Field]:
+    """Every field of a recipe by its path: the parameters of its function first, then those of the job it configures."""
+    own, job = leaves(recipe_function(name)), RECIPES[name].job
+    if job is None:
+        return own
+    configured = leaves(jobs.JOBS[job])
+    described = {p: f if f.doc or p not in configured else dataclasses.replace(f, doc=configured[p].doc) for p, f in own.items()}
+    return described | {p: f for p, f in configured.items() if p not in own}
+
+
+def leaves(owner: Any, prefix: str = "") -> dict[str, Field]:
+    """Leaf fields of a function's signature or of a dataclass, by dotted path; ``world`` is the rank's, not a field."""
+    docs = _docs(owner)
+    found = {}
+    for name, parameter in inspect.signature(owner).parameters.items():
+        hint, path = parameter.annotation, f"{prefix}{name}"
+        if name == "world":
+            continue
+        assert not isinstance(hint, str), f"{owner.__name__}: annotate {name} with a type, not a string"
+        if dataclasses.is_dataclass(hint):
+            found |= leaves(hint, f"{path}.")
+        else:
+            default = REQUIRED if parameter.default is parameter.empty else parameter.default
+            found[path] = Field(path, hint, default, docs.get(name, ""))
+    return found
+
+
+def _docs(owner: Any) -> dict[str, str]:
+    """The ``name: text`` lines of a docstring's Args or Attributes."""
+    _, _, rest = (inspect.getdoc(owner) or "").replace("Attributes:", "Args:").partition("Args:\n")
+    block = rest.partition("\n\n")[0]
+    return {n.strip(): text.strip() for n, colon, text in (line.partition(":") for line in block.splitlines()) if colon}
+
+
+def example(name: str) -> str:
+    """The arguments of the recipe's example, from its docstring."""
+    lines = (inspect.getdoc(recipe_function(name)) or "").splitlines()
+    return next((line.removeprefix("Example: ") for line in lines if line.startswith("Example: ")), "")
+
+
+def split(arguments: Iterable[str]) -> dict[str, str]:
+    """``["a.b=1"]`` -> ``{"a.b": "1"}``.
+
+    Raises:
+        UsageError: no ``=``, no name before it, or a field given twice.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        path, equals, value = argument.partition("=")
+        if not equals or not path.strip():
+            raise UsageError(f"unexpected argument {argument!r}: fields are set as name=value, without spaces around '='")
+        if path in found:
+            raise UsageError(f"{path} is given twice: {found[path]!r} and {value!r}")
+        found[path] = value
+    return found
+
+
+def parse(given: Mapping[str, str], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Read every value by the type of its field.
+
+    Raises:
+        UsageError: an unknown field, or a value that is not of the field's type; the message names both.
+    """
+    return {path: read(_known(path, fields), text) for path, text in given.items()}
+
+
+def _known(path: str, fields: Mapping[str, Field]) -> Field:
+    if path in fields:
+        return fields[path]
+    inside = [p for p in fields if p.startswith(f"{path}.")]
+    if inside:
+        raise UsageError(f"{path} is a group of fields; set one of {', '.join(inside)}")
+    if path == "executor":
+        raise UsageError("unknown field 'executor'; did you mean '--executor NAME'?")
+    parents = [p for p in fields if path.startswith(f"{p}.")]
+    if parents:
+        raise UsageError(f"unknown field '{path}': {parents[0]} has no fields of its own; set {parents[0]}=VALUE")
+    # A near miss in the last part is a better guess than a near miss of the whole path.
+    parent, _, last = path.rpartition(".")
+    siblings = {p.rpartition(".")[2]: p for p in fields if p.rpartition(".")[0] == parent}
+    hint = did_you_mean(last, siblings)
+    if hint:
+        near = hint.split("'")[1]
+        hint = f"; did you mean '{siblings[near]}'?"
+    else:
+        hint = did_you_mean(path, fields)
+    listed = "" if hint else f"; the fields are {', '.join(fields)}"
+    raise UsageError(f"unknown field '{path}'{hint}{listed}")
+
+
+def type_name(hint: Any) -> str:
+    """How a type reads in help and errors: ``integer``, ``true or false``, ``directory``, ``keep or drop``."""
+    options = members(hint)
+    named = [_one_name(m) for m in options if m is not types.NoneType]
+    return " or ".join(named + ["none"] * (types.NoneType in options))
+
+
+def _one_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        return hint.__metadata__[0]
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(typing.get_args(hint))
+    return {int: "integer", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type itself."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def read(field: Field, text: str) -> Any:
+    """Read one value.
+
+    Raises:
+        UsageError: names the field, the type it has, and the value.
+    """
+    for hint in (m for m in members(field.type) if m is not types.NoneType):
+        if types.NoneType in members(field.type) and text.lower() in NONE_WORDS:
+            return None
+        base = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+        if typing.get_origin(hint) is typing.Literal:
+            choices = typing.get_args(hint)
+            if text in choices:
+                return text
+            raise _wrong(field, text, did_you_mean(text, choices))
+        if base is bool and text.lower() in BOOL_WORDS:
+            return BOOL_WORDS[text.lower()]
+        if base is int and text.lstrip("+-").isascii() and text.lstrip("+-").isdigit():
+            return int(text)
+        if base is str:
+            if not text or "\0" in text:
+                problem = "a NUL byte" if text else "an empty value"
+                raise UsageError(f"{field.path}={text!r}: expected {type_name(field.type)}, got {problem}")
+            return paths.absolute(text) if hint is jobs.Dir else text
+    raise _wrong(field, text, "")
+
+
+def _wrong(field: Field, text: str, hint: str) -> UsageError:
+    return UsageError(f"{field.path}={text!r}: expected {type_name(field.type)}{hint}")
+
+
+def require(name: str, values: Mapping[str, Any]) -> None:
+    """Raise a `UsageError`, with an example, unless every parameter that the recipe needs has a value."""
+    missing = [p for p, f in leaves(recipe_function(name)).items() if f.default is REQUIRED and p not in values]
+    if missing:
+        needs = " and ".join(f"{m}=..." for m in missing)
+        raise UsageError(f"recipes.{name} needs {needs}; for example\n  nemo-run recipes.{name} {example(name)}")
+
+
+def build(name: str, values: Mapping[str, Any]) -> Any:
+    """Call the recipe with the values that are its parameters, and set the others in the configuration it returns.
+
+    Returns a ``fdl.Partial``, or a dict of them (a chain).
+    """
+    function = recipe_function(name)
+    parameters = inspect.signature(function).parameters
+    recipe = function(**{p: values[p] for p in parameters if p in values})
+    for path, value in values.items():
+        if path not in parameters:
+            _set(recipe, path, value)
+    return recipe
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Field path -> what the recipe sets when the user does not, `REQUIRED` where the user must."""
+    own = {p: f.default for p, f in leaves(recipe_function(name)).items()}
+    if RECIPES[name].job is None:
+        return own
+    stand_ins = {p: "" for p, value in own.items() if value is REQUIRED}
+    return flat(arguments(build(name, stand_ins))) | own
+
+
+def _set(config: Any, path: str, value: Any) -> None:
+    import fiddle as fdl
+
+    *parents, last = path.split(".")
+    for name in parents:
+        child = getattr(config, name)
+        if not isinstance(child, fdl.Buildable):  # a default that the recipe left as a plain dataclass
+            child = fdl.Config(type(child), **{f.name: getattr(child, f.name) for f in dataclasses.fields(child)})
+            setattr(config, name, child)
+        config = child
+    setattr(config, last, value)
+
+
+def arguments(partial: Any) -> dict[str, Any]:
+    """Every argument of a built ``fdl.Partial``, defaults included; ``world`` stays open for the rank."""
+    import fiddle as fdl
+
+    built = fdl.build(partial)
+    bound = inspect.signature(built.func).bind_partial(**built.keywords)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name != "world"}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dataclasses and dicts -> ``{"layout.language.tp": 2}``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

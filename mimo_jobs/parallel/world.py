@@ -1,0 +1,303 @@
+"""The ranks of one conversion job: a small control channel over TCP, without torch.
+
+Conversion moves no tensor between ranks. What they share is little: who failed first, how far everybody is, and a few
+results at the end. Rank 0 listens, the others connect; a broken connection is a dead rank, seen at once. All ranks end
+when one fails, with the first error.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mimo_jobs.errors import JobFailed
+
+CONNECT_SECONDS = 600  # ranks of a big Slurm job start minutes apart
+GRACE_SECONDS = 5  # a rank stuck in a system call is ended this long after another failed
+REPORT_SECONDS = 0.2
+
+
+class World:
+    """This rank among the ranks of a job; a context manager. With one rank nothing is opened.
+
+    Attributes:
+        rank, size: this rank and how many there are.
+        record: directory shared by all ranks where the job writes ``progress.json`` and finds rank 0's address.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, record: Path | str | None = None, run_id: str = "") -> None:
+        self.rank, self.size, self.run_id = rank, size, run_id
+        self.record = Path(record) if record is not None else None
+        self.failure: tuple[int, str] | None = None  # (rank, message) of the first failure
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._results: dict[str, dict[int, Any]] = {}
+        self._answers: dict[str, Any] = {}
+        self._peers: dict[int, socket.socket] = {}
+        self._left: set[int] = set()
+        self._done: dict[int, int] = {}
+        self._phase, self._total, self._unit = "", 0, "B"
+        self._reported = 0.0
+        self._pending = 0
+        self._closing = False
+
+    @classmethod
+    def from_env(cls, record: Path | str | None = None, run_id: str = "") -> "World":
+        """Rank and size as torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS) gives them, else one rank."""
+        env = os.environ
+        rank, size = env.get("RANK", env.get("SLURM_PROCID")), env.get("WORLD_SIZE", env.get("SLURM_NTASKS"))
+        return cls(int(rank or 0), int(size or 1), record, run_id)
+
+    # ------------------------------------------------------------------------------------------------ connecting
+
+    def __enter__(self) -> "World":
+        if self.size > 1:
+            assert self.record is not None, "ranks find each other through the record directory"
+            self._listen() if self.rank == 0 else self._connect()
+        return self
+
+    @property
+    def _address_file(self) -> Path:
+        assert self.record is not None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return self.record / f".rank0-address-{attempt}.json"
+
+    def _listen(self) -> None:
+        server = socket.create_server(("", 0), backlog=self.size)
+        self._server, token = server, secrets.token_hex(16)
+        address = {"port": server.getsockname()[1], "token": token, "hosts": _own_hosts()}
+        temporary = self._address_file.with_suffix(".tmp")
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(address, file)
+        os.replace(temporary, self._address_file)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while len(self._peers) < self.size - 1:
+            server.settimeout(max(0.1, deadline - time.monotonic()))
+            try:
+                peer, _ = server.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, self.size)) - set(self._peers))
+                raise JobFailed(f"ranks {missing} did not start within {CONNECT_SECONDS} s of rank 0") from None
+            peer.settimeout(10)
+            try:
+                hello = json.loads(_readline(peer))
+                assert secrets.compare_digest(hello["token"], token) and 0 < hello["rank"] < self.size
+            except (ValueError, KeyError, TypeError, AssertionError, OSError):
+                peer.close()
+                continue
+            peer.settimeout(None)
+            self._peers[hello["rank"]] = peer
+        for rank, peer in self._peers.items():
+            threading.Thread(target=self._read, args=(peer, rank), daemon=True).start()
+
+    def _connect(self) -> None:
+        deadline, own = time.monotonic() + CONNECT_SECONDS, socket.gethostname()
+        while True:
+            try:
+                address = json.loads(self._address_file.read_text())
+                hosts = ["127.0.0.1"] if own in address["hosts"] else address["hosts"]
+                peer = _first_connection(hosts, address["port"])
+                break
+            except (OSError, ValueError):
+                if time.monotonic() > deadline:
+                    raise JobFailed(f"rank {self.rank} could not reach rank 0 within {CONNECT_SECONDS} s") from None
+                time.sleep(0.05)
+        peer.sendall(_line({"token": address["token"], "rank": self.rank}))
+        self._peers[0] = peer
+        threading.Thread(target=self._read, args=(peer, 0), daemon=True).start()
+
+    # ------------------------------------------------------------------------------------------------- messages
+
+    def _read(self, peer: socket.socket, rank: int) -> None:
+        stream = peer.makefile("rb")
+        with contextlib.suppress(OSError, ValueError):
+            for line in stream:
+                self._receive(rank, json.loads(line))
+        if not self._closing and rank not in self._left:
+            self._fail(rank, f"rank {rank} ended unexpectedly (killed, or out of memory?); see its log")
+
+    def _receive(self, rank: int, message: dict) -> None:
+        kind = message["kind"]
+        if kind == "failed":
+            self._fail(message["rank"], message["message"])
+        elif kind == "moved":
+            with self._lock:
+                self._done[rank] = message["done"]
+            self._write_progress()
+        elif kind == "leave":
+            self._left.add(rank)
+        else:
+            with self._arrived:
+                if kind == "result":
+                    self._results.setdefault(message["name"], {})[rank] = message["value"]
+                else:
+                    self._answers[message["name"]] = message["value"]
+                self._arrived.notify_all()
+
+    def _send(self, rank: int, message: dict) -> None:
+        with contextlib.suppress(OSError):
+            self._peers[rank].sendall(_line(message))
+
+    def _fail(self, rank: int, message: str) -> None:
+        """Remember the first failure, tell everybody, and end this process soon if its work does not notice."""
+        with self._arrived:
+            if self.failure is not None:
+                return
+            self.failure = (rank, message)
+            self._arrived.notify_all()
+        if self.rank == 0:
+            for peer in self._peers:
+                self._send(peer, {"kind": "failed", "rank": rank, "message": message})
+        if rank != self.rank:
+            timer = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+
+    def check(self) -> None:
+        """Raise `JobFailed` with the first error when another rank has failed."""
+        if self.failure is not None and self.failure[0] != self.rank:
+            raise JobFailed(self.failure[1])
+
+    # ------------------------------------------------------------------------------------------- used by the jobs
+
+    def gather(self, name: str, value: Any) -> list[Any] | None:
+        """Every rank's JSON value in rank order on rank 0, None elsewhere. Raises `JobFailed` if a rank fails."""
+        if self.rank != 0:
+            self.check()
+            self._send(0, {"kind": "result", "name": name, "value": value})
+            return None
+        with self._arrived:
+            results = self._results.setdefault(name, {})
+            results[0] = value
+            self._arrived.wait_for(lambda: len(results) == self.size or self.failure is not None)
+        self.check()
+        return [results[r] for r in range(self.size)]
+
+    def broadcast(self, name: str, value: Any = None) -> Any:
+        """Rank 0's JSON value on every rank."""
+        if self.rank == 0:
+            self.check()
+            for peer in self._peers:
+                self._send(peer, {"kind": "answer", "name": name, "value": value})
+            return value
+        with self._arrived:
+            self._arrived.wait_for(lambda: name in self._answers or self.failure is not None)
+        self.check()
+        return self._answers[name]
+
+    def barrier(self, name: str) -> None:
+        """Nobody passes before everybody is here."""
+        self.gather(name, None)
+        self.broadcast(name)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
+        """A stretch of work of ``total`` units over all ranks. Yields ``moved(n)``, which also raises `JobFailed`."""
+        lock, mine = threading.Lock(), 0
+        with self._lock:
+            self._phase, self._total, self._unit = name, total, unit
+            self._done, self._reported = {}, 0.0
+
+        def moved(n: int) -> None:
+            nonlocal mine
+            self.check()
+            with lock:
+                mine += n
+                now = time.monotonic()
+                if now - self._reported < REPORT_SECONDS:
+                    return
+                self._reported = now
+            self._report(mine)
+
+        yield moved
+        self._report(mine)
+
+    def progress(self, phase: str, done: int, total: int, unit: str = "B") -> None:
+        """Report the state of a job that runs on one rank."""
+        self._phase, self._total, self._unit, self._done = phase, total, unit, {self.rank: done}
+        self._write_progress(force=True)
+
+    def _report(self, done: int) -> None:
+        if self.rank != 0:
+            self._send(0, {"kind": "moved", "done": done})
+            return
+        with self._lock:
+            self._done[0] = done
+        self._write_progress()
+
+    def _write_progress(self, force: bool = False) -> None:
+        if self.record is None or self.rank != 0:
+            return
+        with self._lock:
+            now = time.monotonic()
+            done = sum(self._done.values())
+            if not force and done < self._total and now - self._pending < REPORT_SECONDS:
+                return
+            self._pending = now
+            state = {"phase": self._phase, "done": done, "total": self._total, "unit": self._unit}
+            temporary = self.record / ".progress.json.tmp"
+            with contextlib.suppress(OSError):
+                temporary.write_text(json.dumps(state))
+                os.replace(temporary, self.record / "progress.json")
+
+    # ------------------------------------------------------------------------------------------------- leaving
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.size == 1:
+            return
+        if error is not None and self.failure is None:
+            message = str(error) or repr(error)
+            if self.rank == 0:
+                self._fail(0, message)
+            else:
+                self.failure = (self.rank, message)
+                self._send(0, {"kind": "failed", "rank": self.rank, "message": message})
+        self._closing = True
+        for peer in self._peers:
+            self._send(peer, {"kind": "leave"})
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_WR)
+        if self.rank == 0:
+            self._server.close()
+            self._address_file.unlink(missing_ok=True)
+
+
+def _own_hosts() -> list[str]:
+    """Names and addresses under which other nodes may reach this one; the hostname first."""
+    name = socket.gethostname()
+    hosts = [name, socket.getfqdn(), os.environ.get("MASTER_ADDR", ""), os.environ.get("SLURMD_NODENAME", "")]
+    return list(dict.fromkeys(h for h in hosts if h))
+
+
+def _first_connection(hosts: list[str], port: int) -> socket.socket:
+    problem: OSError = OSError("no address")
+    for host in hosts:
+        try:
+            connected = socket.create_connection((host, port), timeout=10)
+            connected.settimeout(None)
+            return connected
+        except OSError as error:
+            problem = error
+    raise problem
+
+
+def _line(message: dict) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _readline(peer: socket.socket, limit: int = 4096) -> bytes:
+    """One line, byte by byte: the bytes after it belong to the reader thread."""
+    line = bytearray()
+    while not line.endswith(b"\n") and len(line) < limit:
+        byte = peer.recv(1)
+        if not byte:
+            break
+        line += byte
+    return bytes(line)

@@ -1,0 +1,172 @@
+"""Moving bytes between files: contiguous ranges, columns of rows, blocks of columns joined into rows. No torch.
+
+Every function moves through one small reused buffer per thread, so a rank's memory does not grow with the model.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from mimo_jobs.errors import UserError
+from mimo_jobs.weights.dtypes import Cast
+
+# benchmarks/results/conversion.json, "buffer": 1 MiB stays in the L2 cache between pread and pwrite.
+BLOCK = 1 << 20
+
+_local = threading.local()
+
+
+def buffer(nbytes: int) -> memoryview:
+    """This thread's scratch buffer, grown when a single row is longer than `BLOCK`."""
+    if len(getattr(_local, "scratch", b"")) < nbytes:
+        _local.scratch = memoryview(bytearray(max(nbytes, BLOCK)))
+    return _local.scratch[:nbytes]
+
+
+class Files:
+    """Open file descriptors by path, shared by the threads of a rank; a context manager that closes them."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, bool], int] = {}
+        self._lock = threading.Lock()
+
+    def reader(self, path: os.PathLike | str) -> int:
+        return self._get(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC, False)
+
+    def writer(self, path: os.PathLike | str) -> int:
+        """Created when missing and never truncated: several ranks write disjoint ranges of one file."""
+        return self._get(os.fspath(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, True)
+
+    def _get(self, path: str, flags: int, write: bool) -> int:
+        with self._lock:
+            if (path, write) not in self._open:
+                self._open[path, write] = os.open(path, flags, 0o644)
+            return self._open[path, write]
+
+    def sync(self) -> None:
+        """fsync every file opened for writing."""
+        for (_, write), fd in self._open.items():
+            if write:
+                os.fsync(fd)
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+
+def read_full(fd: int, into: memoryview, offset: int) -> None:
+    """Fill ``into`` from ``offset``; raises `UserError` when the file ends first."""
+    done = 0
+    while done < len(into):
+        n = os.preadv(fd, [into[done:]], offset + done)
+        if n == 0:
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            raise UserError(f"{name}: ends at byte {offset + done}, {len(into) - done} bytes early: truncated while in use?")
+        done += n
+
+
+def write_full(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of ``data`` at ``offset``."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+Moved = Callable[[int], None]
+
+
+def copy_range(
+    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, moved: Moved,
+    cast: Cast | None = None,
+) -> None:
+    """Copy a contiguous range. ``moved`` is told the source bytes of every block."""
+    for done in range(0, nbytes, BLOCK):
+        block = buffer(min(BLOCK, nbytes - done))
+        read_full(source, block, source_offset + done)
+        _write(target, block, target_offset, done, cast)
+        moved(len(block))
+
+
+def gather_columns(
+    source: int, source_offset: int, row_bytes: int, first: int, stop: int, rows: int, target: int, target_offset: int,
+    moved: Moved, cast: Cast | None = None,
+) -> None:
+    """Bytes ``[first, stop)`` of each of ``rows`` rows, packed one after another at ``target_offset``.
+
+    Only the columns asked for are read: one pread a row, since the rest of the row belongs to other ranks.
+    """
+    width = stop - first
+    per_block = max(1, BLOCK // width)
+    for row in range(0, rows, per_block):
+        count = min(per_block, rows - row)
+        block = buffer(count * width)
+        at = source_offset + row * row_bytes + first
+        for i in range(count):
+            read_full(source, block[i * width : (i + 1) * width], at + i * row_bytes)
+        _write(target, block, target_offset, row * width, cast)
+        moved(len(block))
+
+
+def join_columns(
+    parts: list[tuple[int, int, int, int]], row_bytes: int, rows: int, target: int, target_offset: int, moved: Moved,
+    cast: Cast | None = None,
+) -> None:
+    """Whole rows from blocks of columns: each part is ``(fd, offset, first, stop)`` with ``[first, stop)`` its place
+    in the row, in bytes; a part's own rows are contiguous in its file, and so are the rows written.
+    """
+    import numpy as np
+
+    per_block = max(1, BLOCK // (2 * row_bytes))
+    for row in range(0, rows, per_block):
+        count = min(per_block, rows - row)
+        scratch = buffer(2 * count * row_bytes)
+        joined = np.frombuffer(scratch[: count * row_bytes], np.uint8).reshape(count, row_bytes)
+        for fd, offset, first, stop in parts:
+            width = stop - first
+            piece = scratch[count * row_bytes : count * (row_bytes + width)]
+            read_full(fd, piece, offset + row * width)
+            joined[:, first:stop] = np.frombuffer(piece, np.uint8).reshape(count, width)
+        _write(target, scratch[: count * row_bytes], target_offset, row * row_bytes, cast)
+        moved(count * row_bytes)
+
+
+def _write(target: int, block: memoryview, target_offset: int, done: int, cast: Cast | None) -> None:
+    if cast is None:
+        write_full(target, block, target_offset + done)
+    else:
+        write_full(target, cast(block), target_offset + cast.scaled(done))
+
+
+def blocks(fd: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """A range in blocks of this thread's buffer."""
+    for done in range(0, nbytes, BLOCK):
+        block = buffer(min(BLOCK, nbytes - done))
+        read_full(fd, block, offset + done)
+        yield block
+
+
+def run_all(tasks: Iterable[Callable[[], None]], threads: int) -> None:
+    """Run tasks on ``threads`` threads; the first error is raised after the running ones end, the rest never start."""
+    if threads <= 1:
+        for task in tasks:
+            task()
+        return
+    failed = threading.Event()
+
+    def guarded(task: Callable[[], None]) -> None:
+        if failed.is_set():
+            return
+        try:
+            task()
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(guarded, task) for task in tasks]:
+            future.result()
