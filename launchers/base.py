@@ -139,7 +139,8 @@ def outcome(job: Job) -> Outcome:
 
 def logs(record: Path) -> list[Path]:
     """The ranks' own logs, standard error first, rank by rank; then what the launcher itself printed."""
-    ranks = sorted(record.glob("**/torchelastic/**/stderr.log")) + sorted(record.glob("**/torchelastic/**/stdout.log"))
+    roots = sorted(record.glob("**/torchelastic")) or [record]
+    ranks = [p for name in ("stderr.log", "stdout.log") for root in roots for p in sorted(root.glob(f"**/{name}"))]
     return ranks + [p for p in (record / "launcher.log",) if p.exists()]
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launchers import base
@@ -135,11 +135,11 @@ def run_recipe(name: str, values: dict[str, Any], executor: str, dryrun: bool = 
     Raises:
         UserError: the recipe cannot run, or a step of it failed.
     """
-    from mimo_jobs import console, hub, pipeline
+    from mimo_jobs import console, pipeline
+    from mimo_jobs.hub import locate_model
 
-    if isinstance(values.get("model"), str):
-        local = hub.local_directory(values["model"])
-        values["model"] = local or hub.snapshot(values["model"], download=not dryrun)
+    if "model" in values:
+        values["model"] = locate_model(values["model"], download=not dryrun)
     steps = pipeline.steps_of(overrides.build(name, values), name)
     run = pipeline.make_run(name, steps, base.load(executor))
     for step in steps:
@@ -158,12 +158,12 @@ def _conclude(run: "Run", as_json: bool) -> int:
     certificate = run.summaries.get("verify")
     if as_json:
         print(json.dumps({"run_id": run.run_id, "record": str(run.root), "steps": run.summaries}, indent=2, default=str))
-        return 0 if certificate is None or _is_equal(certificate) else 1
+        return 0 if certificate is None or certificate["equal"] else 1
     last = run.steps[-1]
     places = {s.name: s.arguments["target"] for s in run.steps if "target" in s.arguments}
     print(f"records   {run.root}")
     for name, place in places.items():
-        print(f"{name:<9} {place}")
+        print(f"{name if len(places) > 1 else 'target':<9} {place}")
     if last.job == "import_hf":
         print(_next(f"{PROGRAM} recipes.qwen35vl_export source={_quoted(places[last.name])} target=DIR"))
     elif last.job == "export_hf":
@@ -172,7 +172,7 @@ def _conclude(run: "Run", as_json: bool) -> int:
         print(_next(f"{PROGRAM} recipes.qwen35vl_import --help"))
     if certificate is not None:
         print(parity_line(certificate))
-        return 0 if _is_equal(certificate) else 1
+        return 0 if certificate["equal"] else 1
     return 0
 
 
@@ -186,13 +186,10 @@ def _quoted(text: str) -> str:
     return shlex.quote(text)
 
 
-def _is_equal(certificate: Mapping[str, Any]) -> bool:
-    return bool(certificate.get("equal"))
-
-
 def parity_line(certificate: Mapping[str, Any]) -> str:
     """``parity: 473/473 tensors bit-exact``."""
-    return f"parity: {certificate['equal_tensors']}/{certificate['tensors']} tensors bit-exact"
+    every = certificate["tensors"] + len(certificate["only_left"]) + len(certificate["only_right"])
+    return f"parity: {certificate['bit_exact']}/{every} tensors bit-exact"
 
 
 def _show_dryrun(run: "Run", values: Mapping[str, Any], plan: Any, executor: str, as_json: bool) -> None:
@@ -206,17 +203,18 @@ def _show_dryrun(run: "Run", values: Mapping[str, Any], plan: Any, executor: str
         chained = len(run.steps) > 1
         prefix = f"{step.name}: " if chained else ""
         layout = plan.layout if plan and step is run.steps[0] else step.layout
-        out.print(f"[bold]{prefix}{step.job}[/] on {executor}, {step.world_size} rank{'s' * (step.world_size > 1)}")
+        ranks = f"{step.world_size} rank{'s' * (step.world_size > 1)}"
+        out.print(f"{prefix}{step.job} on {executor}, {ranks}", style="bold")
         out.print(console.recipe_table(overrides.flat(step.arguments), {} if chained else values, layout))
         if layout:
-            out.print("[bold]ranks[/]")
+            out.print("ranks", style="bold")
             out.print(console.rank_map(layout))
         if plan and step is run.steps[0]:
-            out.print("[bold]plan[/]")
+            out.print("plan", style="bold")
             out.print(console.plan_table(plan))
-        out.print("[bold]command[/]")
+        out.print("command", style="bold")
         for text in _commands(run, step):
-            out.print(text, soft_wrap=True, markup=False)
+            out.print(text, soft_wrap=True)
         out.print()
     out.print(f"dry run: nothing was started or written; every run gets its own directory in {run.root.parent}", soft_wrap=True)
 
@@ -247,11 +245,8 @@ def _dryrun_data(run: "Run", plan: Any, executor: str) -> dict[str, Any]:
                 "commands": [{"ranks": list(g.ranks), "host": g.host, "command": g.command} for g in groups],
             }
         )
-    summary = {k: getattr(plan, k) for k in PLAN_KEYS} if plan else None
+    summary = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "layout"} if plan else None
     return {"recipe": run.name, "executor": executor, "steps": steps, "plan": summary}
-
-
-PLAN_KEYS = ("tensors", "total_bytes", "bytes_per_rank", "passed_through", "tied", "disk_needed", "disk_free", "notes")
 
 
 def _verify(argv: list[str]) -> int:
@@ -271,8 +266,8 @@ def _verify(argv: list[str]) -> int:
     left, right = (paths.absolute(p) for p in line.rest)
     with console.Steps(console.make(stderr=True), 1).step("verify") as shown:
 
-        def progress(phase: str, done: int, total: int, unit: str = "B") -> None:
-            shown.watch({"phase": phase, "done": done, "total": total, "unit": unit})
+        def progress(done: int, total: int) -> None:
+            shown.watch({"phase": "compare", "done": done, "total": total})
 
         certificate = verify_hf(left, right, progress=progress)
     if "--json" in line.options:
@@ -280,7 +275,7 @@ def _verify(argv: list[str]) -> int:
     else:
         console.make().print(console.certificate_table(certificate))
         print(parity_line(certificate))
-    return 0 if _is_equal(certificate) else 1
+    return 0 if certificate["equal"] else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,10 +20,13 @@ COLOURS = ("green", "blue", "magenta", "yellow")
 
 
 def make(stderr: bool = False) -> Console:
-    """A console on the present stdout or stderr. It keeps the stream: redirecting ``sys.stderr`` does not move it."""
+    """A console on the present stdout or stderr. It keeps the stream: redirecting ``sys.stderr`` does not move it.
+
+    No markup: paths and names hold brackets.
+    """
     # Off a terminal rich assumes 80 columns and would cut paths and tensor names in logs.
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
+    return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 120)
 
 
 def size(count: float) -> str:
@@ -104,10 +107,10 @@ def plan_table(plan: Any) -> Table:
     for label, names in (("  passed through", plan.passed_through), ("  tied", plan.tied)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            table.add_row(label, f"{len(names)}: {', '.join(names[:3])}{more}")
+            table.add_row(label, Text(f"{len(names)}: {', '.join(names[:3])}{more}"))
     table.add_row("  disk", f"{size(plan.disk_needed)} needed, {size(plan.disk_free)} free")
     for note in plan.notes:
-        table.add_row("  note", note)
+        table.add_row("  note", Text(note))
     return table
 
 
@@ -119,21 +122,34 @@ def command_lines(groups: list[RankGroup]) -> Iterator[str]:
 
 
 def certificate_table(certificate: Mapping[str, Any]) -> Table:
-    """The scalars and counts of a parity certificate; per-tensor digests stay in the JSON."""
+    """A parity certificate in words; the digests of every tensor stay in the JSON."""
     table = Table.grid(padding=(0, 2))
-    for key, value in certificate.items():
-        if isinstance(value, Mapping) and not value or isinstance(value, list) and not value:
-            text = "none"
-        elif isinstance(value, Mapping):
-            scalars = all(not isinstance(v, Mapping | list) for v in value.values())
-            text = ", ".join(f"{k} {v}" for k, v in value.items()) if scalars and len(value) <= 8 else f"{len(value)}"
-        elif isinstance(value, list):
-            shown = ", ".join(str(v) for v in value[:3])
-            text = f"{len(value)}: {shown}" + (f" and {len(value) - 3} more" if len(value) > 3 else "")
-        else:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-        table.add_row(f"  {key.replace('_', ' ')}", Text(text, overflow="fold"))
+    table.add_row("  left", Text(certificate["left"]))
+    table.add_row("  right", Text(certificate["right"]))
+    table.add_row("  compared", f"{certificate['tensors']:,} tensors, {size(certificate['bytes'])} a side")
+    table.add_row("  bit-exact", Text(f"{certificate['bit_exact']:,}", style="green" if certificate["equal"] else "yellow"))
+    for label, names in (
+        ("different", [f"{n} ({_difference(d)})" for n, d in certificate["different"].items()]),
+        ("only left", certificate["only_left"]),
+        ("only right", certificate["only_right"]),
+    ):
+        table.add_row(f"  {label}", Text(_few(names), style="red" if names else ""))
+    same = {"same_files": "files", "same_metadata": "metadata", "same_config": "config.json"}
+    table.add_row("  the same too", ", ".join(f"{name}: {'yes' if certificate[k] else 'NO'}" for k, name in same.items()))
+    table.add_row("  versions", ", ".join(f"{k} {v}" for k, v in certificate["versions"].items()))
     return table
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    return f"first at element {found['element']:,}" if "element" in found else f"{found['left']} against {found['right']}"
+
+
+def _few(names: list[str], shown: int = 5) -> str:
+    """One name a line, the first few of them."""
+    if not names:
+        return "none"
+    more = [f"and {len(names) - shown} more"] if len(names) > shown else []
+    return f"{len(names):,}: " + "\n".join([*names[:shown], *more])
 
 
 class _Amount(ProgressColumn):
@@ -149,6 +165,13 @@ class _Amount(ProgressColumn):
         left = task.time_remaining
         eta = f"  ETA {int(left) // 60}:{int(left) % 60:02d}" if left is not None and not task.finished else ""
         return Text(amount + eta, style="cyan")
+
+
+class _Elapsed(ProgressColumn):
+    """Seconds since the step began; a task of rich starts again with each phase."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{time.monotonic() - task.fields['started']:.0f} s", style="dim")
 
 
 class Steps:
@@ -170,7 +193,7 @@ class Steps:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             _Amount(),
-            TimeElapsedColumn(),
+            _Elapsed(),
         )
         with Progress(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
             yield StepView(self.console, label, live)
@@ -182,11 +205,11 @@ class StepView:
     def __init__(self, console: Console, label: str, live: Progress | None) -> None:
         self.console, self.label, self.live = console, label, live
         self.started, self.phase = time.monotonic(), ""
-        self.task = live.add_task(label, total=None) if live else None
+        self.task = live.add_task(label, total=None, started=self.started) if live else None
 
     def watch(self, progress: Mapping[str, Any]) -> None:
         """Take a progress record: ``{"phase", "done", "total", "unit"}``, or a phase alone."""
-        phase = str(progress.get("phase", ""))
+        phase = str(progress.get("phase", "")) or self.phase
         total, done = progress.get("total") or None, progress.get("done") or 0
         if self.live is None or self.task is None:
             if phase != self.phase:

@@ -6,46 +6,46 @@ import re
 from mimo_jobs import paths
 from mimo_jobs.errors import UserError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+# org/name as huggingface_hub accepts it (huggingface_hub.utils.validate_repo_id)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
 
-def local_directory(model: str) -> str | None:
-    """The absolute path when ``model`` names a directory, or None when it can only be a hub id.
+def locate_model(model: str, download: bool = True) -> str:
+    """The absolute directory of ``model``: as it is, or of a hub id's files, downloaded or found in the cache.
+
+    Args:
+        download: false looks only into the cache.
 
     Raises:
-        UserError: neither.
+        UserError: neither a directory nor a hub id, or not in the cache and it cannot be downloaded; says what to do.
     """
     path = paths.absolute(model)
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
         raise UserError(f"model={model} is a file; give the directory that holds it")
-    if not HUB_ID.fullmatch(model):
+    if os.path.isabs(model) or model.startswith((".", "~")) or not HUB_ID.fullmatch(model):
         raise UserError(f"model={model}: no such directory (a hub id looks like Qwen/Qwen3.5-0.8B)")
-    return None
+    return _snapshot(model, download)
 
 
-def snapshot(model: str, download: bool = True) -> str:
-    """The directory of a hub id's files, downloaded with a progress bar unless they are in the cache already.
-
-    Raises:
-        UserError: not in the cache and it cannot be downloaded; says what to do.
-    """
+def _snapshot(model: str, download: bool) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return snapshot_download(model, allow_patterns=list(FILES), local_files_only=not download)
+        return os.path.abspath(snapshot_download(model, allow_patterns=list(FILES), local_files_only=not download))
     except GatedRepoError as error:
         raise UserError(f"model={model} is gated: accept its terms on huggingface.co, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"model={model}: no such directory, and no such model on the hub (private? run `hf auth login`)") from error
+        missing = "no such directory, and no such model on the hub (private? run `hf auth login`)"
+        raise UserError(f"model={model}: {missing}") from error
     except LocalEntryNotFoundError as error:
-        why = "is not in the local cache" if not download else "is not in the local cache and the hub cannot be reached"
+        why = "is not in the local cache" + (" and the hub cannot be reached" if download else "")
         raise UserError(
             f"model={model} is no local directory, {why}.\n"
-            f"  On a machine with network run `hf download {model} --local-dir DIR`, then give model=DIR"
+            f"  Where there is a network, run `hf download {model} --local-dir DIR`; then give model=DIR"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"model={model}: the download failed: {error}; run the same command again to resume it") from error

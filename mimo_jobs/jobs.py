@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Dir = Annotated[str, "directory"]
 ModelRef = Annotated[str, "directory or hub id"]
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 Mtp = Literal["keep", "drop"]
 
 
@@ -135,7 +135,7 @@ def verify(*, left: Dir, right: Dir, world: "World | None" = None) -> dict[str, 
     from mimo_jobs.conversion.verify import verify_hf
 
     with _joined(world) as joined:
-        return verify_hf(left, right, progress=joined.progress)
+        return verify_hf(left, right, progress=lambda done, total: joined.progress("compare", done, total))
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {

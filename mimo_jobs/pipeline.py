@@ -15,12 +15,11 @@ from typing import Any
 
 from launchers.base import Job, make_record, outcome
 from mimo_jobs import jobs, overrides, paths
-from mimo_jobs.console import Steps
+from mimo_jobs.console import Steps, size
 from mimo_jobs.errors import UserError
 from mimo_jobs.layout import ParallelLayout, ResolvedLayout
 
 SCHEMA = 1
-PREFLIGHTED = ("import_hf", "export_hf")
 IN_PROCESS = ("verify",)  # needs neither torch nor ranks: starting them would take longer than the work
 
 
@@ -94,7 +93,7 @@ def preflight(step: Step) -> Any:
     Raises:
         UserError: the job would fail; says why.
     """
-    if step.job not in PREFLIGHTED:
+    if "layout" not in step.arguments:
         return None
     from mimo_jobs.conversion.preflight import preflight as check
 
@@ -141,8 +140,8 @@ def _launch(run: Run, step: Step, watch: Any) -> dict[str, Any]:
 def _run_here(step: Step, watch: Any) -> dict[str, Any]:
     from mimo_jobs.conversion.verify import verify_hf
 
-    def progress(phase: str, done: int, total: int, unit: str = "B") -> None:
-        watch({"phase": phase, "done": done, "total": total, "unit": unit})
+    def progress(done: int, total: int) -> None:
+        watch({"phase": "compare", "done": done, "total": total})
 
     return verify_hf(step.arguments["left"], step.arguments["right"], progress=progress)
 
@@ -152,7 +151,9 @@ def told(step: Step, summary: Mapping[str, Any]) -> str:
     if "max_abs_difference" in summary:
         each = ", ".join(f"{name} {value:g}" for name, value in summary["max_abs_difference"].items())
         return f"identical; max abs difference: {each}"
-    parts = [f"{summary[key]:,} {key}" for key in ("tensors", "shards") if isinstance(summary.get(key), int)]
+    parts = [f"{summary['tensors']:,} tensors"] if "tensors" in summary else []
+    if isinstance(summary.get("bytes"), int):
+        parts.append(size(summary["bytes"]))
     where = step.arguments.get("target")
     return ", ".join(parts) + (f" → {where}" if where else "")
 

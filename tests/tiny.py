@@ -69,7 +69,10 @@ def tiny_config(
 
 
 def tiny_model(config: dict[str, Any], seed: int = 0) -> Qwen3_5ForConditionalGeneration:
-    """The fp32 model in eval mode; no parameter is at a value (0, 1) under which an error would not show."""
+    """The fp32 model in eval mode; no parameter is at a value (0, 1) under which an error would not show.
+
+    Logits are of scale 4. (With a tied head five times as large transformers itself is 1e-4 off its own fp64.)
+    """
     torch.manual_seed(seed)
     model = Qwen3_5ForConditionalGeneration._from_config(Qwen3_5Config.from_dict(config), dtype=torch.float32)
     with torch.no_grad():
@@ -79,7 +82,8 @@ def tiny_model(config: dict[str, Any], seed: int = 0) -> Qwen3_5ForConditionalGe
             elif "A_log" in name:
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 8).log())
             elif parameter.ndim >= 2:
-                parameter.copy_(torch.randn_like(parameter) * (0.5 if "embed" in name else 0.1))
+                scale = 0.5 if "embed" in name and not (config["tie_word_embeddings"] and "tokens" in name) else 0.1
+                parameter.copy_(torch.randn_like(parameter) * scale)
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()

@@ -3,7 +3,7 @@
 import io
 import pickle
 import struct
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,14 +106,15 @@ def _emit(value: Any) -> Iterable[bytes]:
             raise TypeError(f"cannot pickle {type(value)}")
 
 
-def loads(raw: bytes, allowed: Set[tuple[str, str]], what: str) -> Any:
+def loads(raw: bytes, expected: Callable[[str, str], bool], what: str) -> Any:
     """Read a pickle into inert values. ``what`` names the file in errors.
 
     Raises:
-        UserError: the pickle is damaged, or refers to a name outside ``allowed`` (module, name).
+        UserError: the pickle is damaged, or refers to a (module, name) that is not ``expected``. (It would not be
+            imported or called either way; a name that has no business there means that the file is not what it seems.)
     """
     try:
-        return _Reader(raw, allowed, what).load()
+        return _Reader(raw, expected, what).load()
     except UserError:
         raise
     except Exception as error:
@@ -121,12 +122,12 @@ def loads(raw: bytes, allowed: Set[tuple[str, str]], what: str) -> Any:
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, raw: bytes, allowed: Set[tuple[str, str]], what: str) -> None:
+    def __init__(self, raw: bytes, expected: Callable[[str, str], bool], what: str) -> None:
         super().__init__(io.BytesIO(raw))
-        self._allowed, self._what = allowed, what
+        self._expected, self._what = expected, what
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
+        if not self._expected(module, name):
             raise UserError(f"{self._what}: refers to {module}.{name}, which a checkpoint of weights does not need; refused")
         return _stand_in(Global(module, name))
 
@@ -157,7 +158,10 @@ def _stand_in(target: Global) -> Any:
             self.state = state
 
         def __setitem__(self, key: Any, value: Any) -> None:
-            raise UserError(f"{target.module}.{target.name}: unexpected items")
+            """Items of a dict subclass: nothing we read has any that matter."""
+
+        def append(self, item: Any) -> None:
+            """Items of a list subclass: likewise."""
 
     StandIn.target = target
     return StandIn

@@ -169,11 +169,7 @@ def _parse_archive(fd: int, path: Path | str, tensor: StoredTensor, chunk: Chunk
 
 
 def _read_tensor_pickle(raw: bytes, what: str) -> tuple[str, tuple[int, ...], tuple[int, ...], int, str]:
-    allowed = {
-        ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict"),
-        *(("torch", s) for s in _STORAGE.values()),
-    }  # fmt: skip
-    value = ip.loads(raw, allowed, what)
+    value = ip.loads(raw, lambda module, _: module in {"torch", "torch._utils", "collections"}, what)
     try:
         if value.function.name == "_rebuild_parameter":
             value = value.args[0]
@@ -262,16 +258,9 @@ def encode_metadata(tensors: Iterable[StoredTensor], objects: Mapping[str, Chunk
     )  # fmt: skip
 
 
-_METADATA_GLOBALS = {
-    *((_DCP, n) for n in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch", "device"),
-    ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"),
-    *(("torch", t) for t in FROM_TORCH),
-}  # fmt: skip
+def _metadata_name(module: str, name: str) -> bool:
+    """megatron-core also stores its save plan, so any class of these packages may be named."""
+    return module.split(".")[0] in {"torch", "megatron", "collections", "pathlib", "nvidia_resiliency_ext"}
 
 
 def read_metadata(directory: Path) -> dict[str, StoredTensor]:
@@ -285,7 +274,7 @@ def read_metadata(directory: Path) -> dict[str, StoredTensor]:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}: not a torch_dist checkpoint, or incomplete") from None
-    value = ip.loads(raw, _METADATA_GLOBALS, str(path))
+    value = ip.loads(raw, _metadata_name, str(path))
     found: dict[str, StoredTensor] = {}
     try:
         assert value.cls.name == "Metadata"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mimo_jobs.parallel.world import World
 from mimo_jobs.weights import transfer
@@ -35,3 +36,14 @@ def tensor_digests(jobs: Sequence[DigestJob], files: transfer.Files, world: Worl
 
         transfer.run_all([lambda j=j: one(j) for j in jobs], file_threads(world.size))
     return found
+
+
+def merged(results: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    """One dict from the dicts that every rank has under ``key``."""
+    return {name: value for part in results for name, value in part[key].items()}
+
+
+def slowest(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Per phase, the wall seconds of the rank that took longest."""
+    phases = dict.fromkeys(name for part in results for name in part["seconds"])
+    return {name: round(max(part["seconds"].get(name, 0.0) for part in results), 4) for name in phases}

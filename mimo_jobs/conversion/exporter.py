@@ -11,7 +11,7 @@ from typing import Any
 from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.checkpoint.manifest import HEADERS_DIR, HF_DIR, PASSED_THROUGH_NAME, Manifest, read_manifest, versions, write_json
 from mimo_jobs.conversion import publish
-from mimo_jobs.conversion.digests import file_threads, tensor_digests
+from mimo_jobs.conversion.digests import file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.importer import MTP_CHOICES, _set_dtype
 from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.families import family_of
@@ -195,11 +195,12 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
             world.barrier("written")  # an alias, and a digest, read what other ranks wrote
             digests = _written_digests(made, staging, files, world) if args.verify else {}
             if args.fsync:
-                files.sync()
-        results = world.gather("exported", digests)
+                with world.timed("sync"):
+                    files.sync()
+        results = world.gather("exported", {"digests": digests, "seconds": world.seconds})
         summary = None
         if results is not None:
-            summary = _finish(made, staging, {n: d for part in results for n, d in part.items()}, world)
+            summary = _finish(made, staging, merged(results, "digests"), world) | {"seconds": slowest(results)}
         return world.broadcast("published", summary)
     except BaseException:
         if world.rank == 0:

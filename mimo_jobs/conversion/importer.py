@@ -14,7 +14,7 @@ from mimo_jobs.checkpoint.manifest import (
     write_manifest,
 )
 from mimo_jobs.conversion import publish
-from mimo_jobs.conversion.digests import file_threads, tensor_digests
+from mimo_jobs.conversion.digests import file_threads, merged, slowest, tensor_digests
 from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.families import family_of
 from mimo_jobs.families.spec import Family
@@ -190,11 +190,14 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
                 transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
             digests = _source_digests(made, files, world)
             if args.fsync:
-                files.sync()
-        results = world.gather("imported", digests)
+                with world.timed("sync"):
+                    files.sync()
+        results = world.gather("imported", {"digests": digests, "seconds": world.seconds})
+        summary = None
         if results is not None:
-            _finish(made, staging, {n: d for part in results for n, d in part.items()}, world)
-        return world.broadcast("published", _summary(made) if world.rank == 0 else None)
+            _finish(made, staging, merged(results, "digests"), world)
+            summary = _summary(made) | {"seconds": slowest(results)}
+        return world.broadcast("published", summary)
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
+from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import ModelType
@@ -42,6 +43,7 @@ class BuiltModel:
         grids: component to grid, all components.
         groups: component to this rank's process groups, only the components that live on this rank.
         configs: component to megatron-core config, all components.
+        communicator: hands activations between disjoint components and pipeline stages; None when colocated.
     """
 
     model: MimoModel
@@ -50,6 +52,7 @@ class BuiltModel:
     grids: dict[str, HyperCommGrid]
     groups: dict[str, ProcessGroupCollection]
     configs: dict[str, TransformerConfig]
+    communicator: MultiModulePipelineCommunicator | None
 
     @property
     def language(self) -> LanguageModel | None:
@@ -124,7 +127,22 @@ def build(
     for name, parameter in model.named_parameters():
         if name.endswith(tuple(float32_parameters)):
             parameter.data = parameter.data.float()
-    return BuiltModel(model, hf, layout, world.grids, world.groups, {LANGUAGE: language, IMAGES: vision})
+    configs = {LANGUAGE: language, IMAGES: vision}
+    return BuiltModel(model, hf, layout, world.grids, world.groups, configs, _communicator(layout, world.grids, language))
+
+
+def _communicator(
+    layout: ResolvedLayout, grids: dict[str, HyperCommGrid], config: TransformerConfig
+) -> MultiModulePipelineCommunicator | None:
+    if layout.colocated:
+        return None
+    return MultiModulePipelineCommunicator(
+        grids,
+        {IMAGES: [LANGUAGE], LANGUAGE: []},
+        config,
+        dim_mapping={"s": 0, "b": 1, "h": 2},
+        module_output_ndim={IMAGES: 2},  # the tower's tokens are packed: (tokens, hidden)
+    )
 
 
 def _prepare_process(config: TransformerConfig, groups: ProcessGroupCollection | None) -> None:

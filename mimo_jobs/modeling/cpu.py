@@ -33,6 +33,8 @@ def _install_once() -> None:
     dist.new_group = _on_gloo(dist.new_group)
     dist.new_subgroups_by_enumeration = _on_gloo(dist.new_subgroups_by_enumeration)
     _CudaMeansCpu().__enter__()
+    # megatron-core's jit_fuser is torch.compile: 25 s a process with a cold cache, and it needs a C++ compiler.
+    torch.compiler.set_stance("force_eager")
     _replace_in_megatron()
 
 

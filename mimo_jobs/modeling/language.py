@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import PreTrainedConfig
 
 from mimo_jobs.layout import Component, padded_vocab, stage_layers
@@ -35,6 +37,29 @@ class LanguageModel(GPTModel):
         self.mrope_section = config.mrope_section
         rotary_dim = int(config.kv_channels * rotary_percent)
         self.rotary_pos_emb = InterleavedMRope(rotary_dim, rotary_base, parameter_device(config))
+
+    def tie_embeddings_and_output_weights_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        sharded_state_dict: ShardedStateDict,
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        """Store a tied head that lives on its own stage as a replica of the embedding; in place.
+
+        As megatron-core's, which takes the replica's data-parallel rank from ``parallel_state`` (language_module.py).
+        """
+        if not self.post_process or self.pre_process:
+            return
+        del sharded_state_dict[output_layer_weight_key]
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, metadata["dp_cp_group"].rank()),  # 0 is the embedding on the first stage
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 def language_spec(

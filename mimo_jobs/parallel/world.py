@@ -29,6 +29,7 @@ class World:
     Attributes:
         rank, size: this rank and how many there are.
         record: directory shared by all ranks where the job writes ``progress.json`` and finds rank 0's address.
+        seconds: wall time of this rank's phases.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, record: Path | str | None = None, run_id: str = "") -> None:
@@ -46,6 +47,7 @@ class World:
         self._reported = 0.0
         self._pending = 0
         self._closing = False
+        self.seconds: dict[str, float] = {}
 
     @classmethod
     def from_env(cls, record: Path | str | None = None, run_id: str = "") -> "World":
@@ -215,8 +217,18 @@ class World:
                 self._reported = now
             self._report(mine)
 
-        yield moved
+        with self.timed(name):
+            yield moved
         self._report(mine)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall seconds of a stretch of this rank's work to ``seconds[name]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def progress(self, phase: str, done: int, total: int, unit: str = "B") -> None:
         """Report the state of a job that runs on one rank."""

@@ -13,6 +13,7 @@ from mimo_jobs.weights.dtypes import Cast
 
 # benchmarks/results/conversion.json, "buffer": 1 MiB stays in the L2 cache between pread and pwrite.
 BLOCK = 1 << 20
+IOV_MAX = 1024  # limits.h: buffers in one preadv
 
 _local = threading.local()
 
@@ -65,16 +66,33 @@ def read_full(fd: int, into: memoryview, offset: int) -> None:
     while done < len(into):
         n = os.preadv(fd, [into[done:]], offset + done)
         if n == 0:
-            name = os.readlink(f"/proc/self/fd/{fd}")
-            raise UserError(f"{name}: ends at byte {offset + done}, {len(into) - done} bytes early: truncated while in use?")
+            raise UserError(f"{_path(fd)}: ends at byte {offset + done}, {len(into) - done} bytes early: truncated while in use?")
         done += n
+
+
+def scatter_full(fd: int, into: list[memoryview], offset: int) -> None:
+    """Fill buffers one after another from one contiguous range: the kernel puts each row where it belongs."""
+    nbytes = sum(len(b) for b in into)
+    n = os.preadv(fd, into, offset)
+    if n == nbytes:
+        return
+    for block in into:  # a short read: finish buffer by buffer
+        read_full(fd, block, offset)
+        offset += len(block)
 
 
 def write_full(fd: int, data: memoryview | bytes, offset: int) -> None:
     """Write all of ``data`` at ``offset``."""
     view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+    try:
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+    except OSError as error:
+        raise UserError(f"{_path(fd)}: {error.strerror} after {offset + done} bytes; free some space, or choose another target") from None
+
+
+def _path(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 Moved = Callable[[int], None]
@@ -119,19 +137,14 @@ def join_columns(
     """Whole rows from blocks of columns: each part is ``(fd, offset, first, stop)`` with ``[first, stop)`` its place
     in the row, in bytes; a part's own rows are contiguous in its file, and so are the rows written.
     """
-    import numpy as np
-
-    per_block = max(1, BLOCK // (2 * row_bytes))
+    per_block = max(1, min(IOV_MAX, BLOCK // row_bytes))
     for row in range(0, rows, per_block):
         count = min(per_block, rows - row)
-        scratch = buffer(2 * count * row_bytes)
-        joined = np.frombuffer(scratch[: count * row_bytes], np.uint8).reshape(count, row_bytes)
+        joined = buffer(count * row_bytes)
         for fd, offset, first, stop in parts:
-            width = stop - first
-            piece = scratch[count * row_bytes : count * (row_bytes + width)]
-            read_full(fd, piece, offset + row * width)
-            joined[:, first:stop] = np.frombuffer(piece, np.uint8).reshape(count, width)
-        _write(target, scratch[: count * row_bytes], target_offset, row * row_bytes, cast)
+            into = [joined[i * row_bytes + first : i * row_bytes + stop] for i in range(count)]
+            scatter_full(fd, into, offset + row * (stop - first))
+        _write(target, joined, target_offset, row * row_bytes, cast)
         moved(count * row_bytes)
 
 

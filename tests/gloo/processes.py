@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import time
@@ -69,7 +70,7 @@ def _results(pipes: list[Connection], processes: list[Any], timeout_s: float) ->
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                failed, value = pipe.recv()
+                failed, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join()
                 failed, value = True, f"died with exit code {processes[rank].exitcode}"
@@ -92,9 +93,9 @@ def _rank_main(
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
         result = function(*args)
         dist.barrier()
-        sending.send((False, result))
+        sending.send_bytes(pickle.dumps((False, result)))  # tensors by value: this process is about to end
     except BaseException:
-        sending.send((True, traceback.format_exc()))
+        sending.send_bytes(pickle.dumps((True, traceback.format_exc())))
     finally:
         sending.close()
 
