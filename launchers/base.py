@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ NOT_BUILT = {"slurm": "the Slurm executor is not built yet; only --executor loca
 
 # torchx quotes the arguments of torchrun for a shell and then runs it without one, and expands ${...} in them.
 SAFE_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+
+# torch.distributed.elastic.multiprocessing.errors.ChildFailedError.format_msg
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+)", re.DOTALL)
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -129,12 +133,26 @@ def outcome(job: Job) -> Outcome:
     result = read_json(job.record / "result.json")
     if result is None:
         tail = log_tail(job.record)
-        last = f"\n{tail}" if tail else ""
-        return Outcome({}, f"{job.name} ended without a result (killed?); its logs are in {job.record}{last}", 1)
+        how = _death(job.record) or f"{job.name} ended without a result: killed, or out of memory"
+        return Outcome({}, f"{how}\n{tail}" if tail else how, 1)
     if result.get("status") == "ok":
         return Outcome(result.get("summary") or {})
     error = result.get("error") or {}
     return Outcome({}, str(error.get("message") or "failed without a message"), 1)
+
+
+def _death(record: Path) -> str:
+    """How the first rank died, from torchrun's own report; ``""`` when there is none."""
+    for path in record.glob("**/stderr.log"):
+        found = ROOT_CAUSE.search(path.read_text(errors="replace"))
+        if found:
+            rank, code = found["rank"], int(found["code"])
+            if code < 0:
+                return f"rank {rank} was killed by {signal.Signals(-code).name}" + (
+                    "; out of memory?" if code == -9 else ""
+                )
+            return f"rank {rank} ended with exit code {code}"
+    return ""
 
 
 def logs(record: Path) -> list[Path]:

@@ -5,7 +5,9 @@ A single rank does without torchrun because that imports torch first: 4 s, more 
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from launchers.base import Job, RankGroup, Watch, read_json
 
 POLL_SECONDS = 0.1
 BIN = Path(sys.executable).parent
-RENDEZVOUS_ID = "1"  # on one machine torchrun takes a free port, so runs beside each other do not meet; NeMo-Run draws lots
+RENDEZVOUS_ID = "1"  # NeMo-Run would draw lots; torchrun takes a free port, so runs beside each other do not meet
 
 
 def commands(job: Job) -> list[RankGroup]:
@@ -56,6 +58,7 @@ def launch(job: Job, watch: Watch) -> None:
             executor=executor,
             id=job.run_id,
             base_dir=str(job.record / "nemo_run"),
+            log_level="WARNING",
             clean_mode=True,
             enable_goodbye_message=False,
             skip_status_at_exit=True,
@@ -67,7 +70,8 @@ def launch(job: Job, watch: Watch) -> None:
                 experiment.run(tail_logs=False)
                 _follow(experiment, job, watch)
             except BaseException:
-                experiment.cancel(job.name)
+                with _deaf():
+                    experiment.cancel(job.name)
                 raise
 
 
@@ -80,6 +84,19 @@ def _follow(experiment: Any, job: Job, watch: Watch) -> None:
         if progress:
             watch(progress)
         time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore Ctrl-C: an impatient second one would leave ranks behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,10 @@ def guarded(work: Callable[[], int]) -> int:
         print(f"{_red(PROGRAM)}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{_red(PROGRAM)}: interrupted; every rank was ended, nothing was published", file=sys.stderr)
+        print(
+            f"{_red(PROGRAM)}: interrupted; its ranks were ended, and a target that was not complete is not there",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # `nemo-run ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,6 +147,7 @@ def run_recipe(name: str, values: dict[str, Any], executor: str, dryrun: bool = 
     run = pipeline.make_run(name, steps, base.load(executor))
     for step in steps:
         step.layout  # noqa: B018  a layout that does not resolve is the first thing to say
+    pipeline.check_targets(steps)
     # Later steps read what earlier ones write, so only the first can be checked now; each is checked before it starts.
     plan = pipeline.preflight(steps[0])
     if dryrun:
@@ -157,7 +161,9 @@ def _conclude(run: "Run", as_json: bool) -> int:
     """Say where things are and what to type next; a chain that verified ends with the parity line."""
     certificate = run.summaries.get("verify")
     if as_json:
-        print(json.dumps({"run_id": run.run_id, "record": str(run.root), "steps": run.summaries}, indent=2, default=str))
+        print(
+            json.dumps({"run_id": run.run_id, "record": str(run.root), "steps": run.summaries}, indent=2, default=str)
+        )
         return 0 if certificate is None or certificate["equal"] else 1
     last = run.steps[-1]
     places = {s.name: s.arguments["target"] for s in run.steps if "target" in s.arguments}
@@ -216,7 +222,10 @@ def _show_dryrun(run: "Run", values: Mapping[str, Any], plan: Any, executor: str
         for text in _commands(run, step):
             out.print(text, soft_wrap=True)
         out.print()
-    out.print(f"dry run: nothing was started or written; every run gets its own directory in {run.root.parent}", soft_wrap=True)
+    out.print(
+        f"dry run: nothing was started or written; every run gets its own directory in {run.root.parent}",
+        soft_wrap=True,
+    )
 
 
 def _commands(run: "Run", step: "Step") -> list[str]:

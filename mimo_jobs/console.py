@@ -71,7 +71,9 @@ def ranks_text(ranks: range) -> str:
 def rank_map(layout: ResolvedLayout, gpus: int = GPUS_PER_NODE) -> Group:
     """A table of the components, and a picture: one row a node, one cell a GPU."""
     table = Table.grid(padding=(0, 2))
-    table.add_row("  component", "ranks", "nodes", *(Text(n.upper(), justify="right") for n in ("tp", "pp", "dp", "cp", "ep")))
+    table.add_row(
+        "  component", "ranks", "nodes", *(Text(n.upper(), justify="right") for n in ("tp", "pp", "dp", "cp", "ep"))
+    )
     styles = dict(zip(layout.components, COLOURS, strict=False))
     for name, c in layout.components.items():
         nodes = range(c.ranks[0] // gpus, c.ranks[-1] // gpus + 1)
@@ -91,7 +93,9 @@ def rank_map(layout: ResolvedLayout, gpus: int = GPUS_PER_NODE) -> Group:
     where = "colocated" if layout.colocated else "on disjoint ranks"
     legend = ", ".join(f"{n[0].upper()} {n}" for n in layout.components)
     total = f"  {layout.world_size} rank{'s' * (layout.world_size > 1)}, components {where} ({legend})"
-    lines.append(Text(f"{total}; {idle} of {nodes * gpus} GPUs idle on nodes of {gpus}" if idle else f"{total}; no GPU idle"))
+    lines.append(
+        Text(f"{total}; {idle} of {nodes * gpus} GPUs idle on nodes of {gpus}" if idle else f"{total}; no GPU idle")
+    )
     return Group(table, *lines)
 
 
@@ -127,7 +131,9 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     table.add_row("  left", Text(certificate["left"]))
     table.add_row("  right", Text(certificate["right"]))
     table.add_row("  compared", f"{certificate['tensors']:,} tensors, {size(certificate['bytes'])} a side")
-    table.add_row("  bit-exact", Text(f"{certificate['bit_exact']:,}", style="green" if certificate["equal"] else "yellow"))
+    table.add_row(
+        "  bit-exact", Text(f"{certificate['bit_exact']:,}", style="green" if certificate["equal"] else "yellow")
+    )
     for label, names in (
         ("different", [f"{n} ({_difference(d)})" for n, d in certificate["different"].items()]),
         ("only left", certificate["only_left"]),
@@ -135,13 +141,17 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     ):
         table.add_row(f"  {label}", Text(_few(names), style="red" if names else ""))
     same = {"same_files": "files", "same_metadata": "metadata", "same_config": "config.json"}
-    table.add_row("  the same too", ", ".join(f"{name}: {'yes' if certificate[k] else 'NO'}" for k, name in same.items()))
+    table.add_row(
+        "  the same too", ", ".join(f"{name}: {'yes' if certificate[k] else 'NO'}" for k, name in same.items())
+    )
     table.add_row("  versions", ", ".join(f"{k} {v}" for k, v in certificate["versions"].items()))
     return table
 
 
 def _difference(found: Mapping[str, Any]) -> str:
-    return f"first at element {found['element']:,}" if "element" in found else f"{found['left']} against {found['right']}"
+    return (
+        f"first at element {found['element']:,}" if "element" in found else f"{found['left']} against {found['right']}"
+    )
 
 
 def _few(names: list[str], shown: int = 5) -> str:
@@ -195,7 +205,9 @@ class Steps:
             _Amount(),
             _Elapsed(),
         )
-        with Progress(*columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
+        with Progress(
+            *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
+        ) as live:
             yield StepView(self.console, label, live)
 
 

@@ -89,7 +89,9 @@ def _components(fields: Mapping[str, overrides.Field], defaults: Mapping[str, An
     rows = {}
     for leaf in dict.fromkeys(p.rpartition(".")[2] for p in deep):
         values = [_default(defaults[f"{parent}.{leaf}"], unset="auto") for parent in parents]
-        rows[f".{leaf}"] = f"{values[0] if len(set(values)) == 1 else ' / '.join(values):<6} {_doc(fields[f'{parents[0]}.{leaf}'])}"
+        rows[f".{leaf}"] = (
+            f"{values[0] if len(set(values)) == 1 else ' / '.join(values):<6} {_doc(fields[f'{parents[0]}.{leaf}'])}"
+        )
     return f"\n{' and '.join(parents)}:\n{_rows(rows)}\n"
 
 
@@ -117,4 +119,3 @@ def _rows(rows: Mapping[str, str]) -> str:
         filled = textwrap.fill(text, columns, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
         lines.append(f"  {name:<{left - 2}}{filled[left:]}".rstrip())
     return "\n".join(lines)
-

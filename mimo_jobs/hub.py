@@ -37,7 +37,9 @@ def _snapshot(model: str, download: bool) -> str:
     try:
         return os.path.abspath(snapshot_download(model, allow_patterns=list(FILES), local_files_only=not download))
     except GatedRepoError as error:
-        raise UserError(f"model={model} is gated: accept its terms on huggingface.co, then run `hf auth login`") from error
+        raise UserError(
+            f"model={model} is gated: accept its terms on huggingface.co, then run `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         missing = "no such directory, and no such model on the hub (private? run `hf auth login`)"
         raise UserError(f"model={model}: {missing}") from error
@@ -48,4 +50,6 @@ def _snapshot(model: str, download: bool) -> str:
             f"  Where there is a network, run `hf download {model} --local-dir DIR`; then give model=DIR"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"model={model}: the download failed: {error}; run the same command again to resume it") from error
+        raise UserError(
+            f"model={model}: the download failed: {error}; run the same command again to resume it"
+        ) from error

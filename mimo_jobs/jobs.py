@@ -117,8 +117,10 @@ def compare_logits(*, left: Dir, right: Dir, world: "World | None" = None) -> di
     from mimo_jobs.conversion import logits
 
     with _joined(world) as joined:
-        # Counted in steps, not in bytes.
-        report = lambda phase, done, total: joined.progress(phase, done, total, "steps")
+
+        def report(phase: str, done: int, total: int) -> None:
+            joined.progress(phase, done, total, "steps")
+
         return logits.compare_logits(left, right, report)
 
 

@@ -62,7 +62,9 @@ def _defaults(name: str, function: Callable[..., None]) -> Callable[[], Any]:
         required = {p: "" for p, f in overrides.recipe_fields(name).items() if f.default is overrides.REQUIRED}
         config = overrides.build(name, required)
         given = {k: v for k, v in config.__arguments__.items() if k not in required}
-        return run.Partial(function, **{k: fdl.cast(run.Config, v) if isinstance(v, fdl.Config) else v for k, v in given.items()})
+        return run.Partial(
+            function, **{k: fdl.cast(run.Config, v) if isinstance(v, fdl.Config) else v for k, v in given.items()}
+        )
 
     factory.__name__ = f"{name}_defaults"
     return factory

@@ -61,7 +61,9 @@ def recipe_fields(name: str) -> dict[str, Field]:
     if job is None:
         return own
     configured = leaves(jobs.JOBS[job])
-    described = {p: f if f.doc or p not in configured else dataclasses.replace(f, doc=configured[p].doc) for p, f in own.items()}
+    described = {
+        p: f if f.doc or p not in configured else dataclasses.replace(f, doc=configured[p].doc) for p, f in own.items()
+    }
     return described | {p: f for p, f in configured.items() if p not in own}
 
 
@@ -105,7 +107,9 @@ def split(arguments: Iterable[str]) -> dict[str, str]:
     for argument in arguments:
         path, equals, value = argument.partition("=")
         if not equals or not path.strip():
-            raise UsageError(f"unexpected argument {argument!r}: fields are set as name=value, without spaces around '='")
+            raise UsageError(
+                f"unexpected argument {argument!r}: fields are set as name=value, without spaces around '='"
+            )
         if path in found:
             raise UsageError(f"{path} is given twice: {found[path]!r} and {value!r}")
         found[path] = value

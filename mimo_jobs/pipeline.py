@@ -87,6 +87,15 @@ def make_run(name: str, steps: list[Step], launcher: ModuleType) -> Run:
     return Run(name, steps, launcher, run_id, paths.home() / "runs" / run_id)
 
 
+def check_targets(steps: list[Step]) -> None:
+    """Raise a `UserError` when any step of a chain would find its target there already."""
+    from mimo_jobs.conversion.publish import check_target
+
+    for step in steps:
+        if "target" in step.arguments:
+            check_target(Path(step.arguments["target"]), step.arguments["overwrite"])
+
+
 def preflight(step: Step) -> Any:
     """Everything that can be known before the step's job starts, or None for jobs that have no plan.
 
@@ -97,7 +106,7 @@ def preflight(step: Step) -> Any:
         return None
     from mimo_jobs.conversion.preflight import preflight as check
 
-    return check(step.job, dict(step.arguments))
+    return check(step.job, step.arguments)
 
 
 def run_chain(run: Run, view: Steps, plans: Mapping[str, Any]) -> None:

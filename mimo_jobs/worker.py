@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(record, world, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _failed(record, world, "interrupted", 1)
-    except Exception as error:  # noqa: BLE001  whatever it is, the record must say so
+    except Exception as error:  # whatever it is, the record must say so
         traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"

@@ -5,6 +5,7 @@ A checkpoint stores *pieces*: named blocks of global tensors. Their keys are tho
 memory. Fused tensors are stored by meaning: ``in_proj.weight.query``, or the two halves of ``mlp.linear_fc1``.
 """
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mimo_jobs.errors import UserError
 from mimo_jobs.layout import LANGUAGE
@@ -114,14 +117,29 @@ def _is_main_replica(piece: ShardedTensor) -> bool:
     return replica == 0 if isinstance(replica, int) else not any(replica)
 
 
+def _stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's tensors in a checkpoint, without its ``_extra_state`` objects.
+
+    Not by ``dist_checkpointing.load_tensors_metadata``, which fails on torch 2.15's ``TensorProperties.strides``.
+    """
+    try:
+        metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
+    except (OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{directory}: not a readable torch_dist checkpoint: {error}") from error
+    return {
+        key: tuple(entry.size)
+        for key, entry in metadata.items()
+        if key.startswith(MODEL_PREFIXES) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
 def _check_against(directory: Path, pieces: list[ShardedTensor]) -> None:
     """Compare names and shapes with the checkpoint's, over all ranks."""
     local = {piece.key: (tuple(piece.global_shape), bool(piece.allow_shape_mismatch)) for piece in pieces}
     gathered: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, local)
     wanted = {key: value for part in gathered for key, value in part.items()}
-    metadata = dist_checkpointing.load_tensors_metadata(str(directory))
-    stored = {key: tuple(t.global_shape) for key, t in metadata.items() if key.startswith(MODEL_PREFIXES)}
+    stored = _stored_shapes(directory)
     problems = [f"missing {key}" for key in sorted(wanted.keys() - stored.keys())]
     problems += [f"unexpected {key}" for key in sorted(stored.keys() - wanted.keys())]
     for key in sorted(wanted.keys() & stored.keys()):

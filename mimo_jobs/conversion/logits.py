@@ -75,7 +75,9 @@ def _logits(directory: str, inputs: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{directory}: the model does not load: {error}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):
-            raise UserError(f"{directory}: {problem.replace('_', ' ')} on load: {', '.join(map(str, sorted(info[problem])))}")
+            raise UserError(
+                f"{directory}: {problem.replace('_', ' ')} on load: {', '.join(map(str, sorted(info[problem])))}"
+            )
     with torch.no_grad():
         found = {name: model.eval()(**batch, use_cache=False).logits for name, batch in inputs.items()}
     del model

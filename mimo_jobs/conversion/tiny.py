@@ -111,7 +111,9 @@ def _check(shape: Shape) -> None:
     if math.isqrt(shape.vision_positions) ** 2 != shape.vision_positions:
         raise UserError(f"vision_positions={shape.vision_positions} is not a square")
     if shape.vocab < 256 + len(SPECIAL_TOKENS):
-        raise UserError(f"vocab={shape.vocab}: expected at least {256 + len(SPECIAL_TOKENS)} (bytes and special tokens)")
+        raise UserError(
+            f"vocab={shape.vocab}: expected at least {256 + len(SPECIAL_TOKENS)} (bytes and special tokens)"
+        )
 
 
 def _token_ids() -> dict[str, int]:
@@ -246,7 +248,7 @@ def _value(name: str, size: tuple[int, ...], generator: Any) -> Any:
     value = torch.empty(size, dtype=torch.float32).normal_(generator=generator)
     if len(size) > 1:
         return value.mul_(0.5 if "embed" in name else 1 / math.sqrt(math.prod(size[1:])))
-    centred_at_one = name.endswith(".linear_attn.norm.weight") or ".visual." in name and "norm" in name
+    centred_at_one = name.endswith(".linear_attn.norm.weight") or (".visual." in name and "norm" in name)
     return value.mul_(0.2).add_(1.0 if centred_at_one and name.endswith("weight") else 0.0)
 
 

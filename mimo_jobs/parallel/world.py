@@ -47,6 +47,7 @@ class World:
         self._reported = 0.0
         self._pending = 0
         self._closing = False
+        self._watchdog: threading.Timer | None = None
         self.seconds: dict[str, float] = {}
 
     @classmethod
@@ -149,7 +150,7 @@ class World:
     def _fail(self, rank: int, message: str) -> None:
         """Remember the first failure, tell everybody, and end this process soon if its work does not notice."""
         with self._arrived:
-            if self.failure is not None:
+            if self.failure is not None or self._closing:
                 return
             self.failure = (rank, message)
             self._arrived.notify_all()
@@ -157,9 +158,9 @@ class World:
             for peer in self._peers:
                 self._send(peer, {"kind": "failed", "rank": rank, "message": message})
         if rank != self.rank:
-            timer = threading.Timer(GRACE_SECONDS, os._exit, (1,))
-            timer.daemon = True
-            timer.start()
+            self._watchdog = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+            self._watchdog.daemon = True
+            self._watchdog.start()
 
     def check(self) -> None:
         """Raise `JobFailed` with the first error when another rank has failed."""
@@ -271,6 +272,8 @@ class World:
                 self.failure = (self.rank, message)
                 self._send(0, {"kind": "failed", "rank": self.rank, "message": message})
         self._closing = True
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         for peer in self._peers:
             self._send(peer, {"kind": "leave"})
         for peer in self._peers.values():

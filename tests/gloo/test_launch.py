@@ -54,7 +54,11 @@ def ranks_of(record: Path) -> dict[int, int]:
             environment = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"mimo_jobs.worker" in words and any(w.startswith(bytes(record)) for w in words) and b"torchrun" not in words[1]:
+        if (
+            b"mimo_jobs.worker" in words
+            and any(w.startswith(bytes(record)) for w in words)
+            and b"torchrun" not in words[1]
+        ):
             rank = next((e.removeprefix(b"RANK=") for e in environment if e.startswith(b"RANK=")), b"0")
             found[int(rank)] = int(process.name)
     return found
@@ -79,28 +83,24 @@ def stuck(checkpoint, tmp_path) -> Path:
     return target
 
 
-def test_the_command_of_a_dry_run_is_the_one_nemo_run_executes(home):
-    import nemo_run as run
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_command_of_a_dry_run_is_the_one_nemo_run_executes(home, world_size, monkeypatch):
+    import nemo_run  # noqa: F401  before Popen is replaced
 
-    for world_size in (1, 3):
-        described = job("verify", home, world_size, left="/a", right="/b")
-        seen = []
-        original = subprocess.Popen
+    described, seen, original = job("verify", home, world_size, left="/a", right="/b"), [], subprocess.Popen
 
-        class Recorder(original):
-            def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
-                seen.append((args, options.get("env")))
-                super().__init__(["true"], *rest, **options)
+    class Recorder(original):
+        def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
+            seen.append((args, options.get("env")))
+            super().__init__(["true"], *rest, **options)
 
-        run.LocalExecutor  # noqa: B018  imported before Popen is replaced
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("torchx.schedulers.local_scheduler.subprocess.Popen", Recorder)
-            local.launch(described, lambda progress: None)
-        (group,) = local.commands(described)
-        command, environment = next((c, e) for c, e in seen if "mimo_jobs.worker" in c)
-        assert [Path(group.command[0]).name, *group.command[1:]] == command
-        assert environment["PATH"].split(":")[0] == str(Path(group.command[0]).parent)
-        assert group.ranks == range(world_size)
+    monkeypatch.setattr("torchx.schedulers.local_scheduler.subprocess.Popen", Recorder)
+    local.launch(described, lambda progress: None)
+    (group,) = local.commands(described)
+    command, environment = next((c, e) for c, e in seen if "mimo_jobs.worker" in c)
+    assert [Path(group.command[0]).name, *group.command[1:]] == command
+    assert environment["PATH"].split(":")[0] == str(Path(group.command[0]).parent)
+    assert group.ranks == range(world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -187,7 +187,9 @@ def test_a_round_trip_through_paths_that_a_shell_would_read(checkpoint, home, tm
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
-    verified = subprocess.run([str(BIN / "nemo-run"), "verify", checkpoint, exported], capture_output=True, text=True, check=False)
+    verified = subprocess.run(
+        [str(BIN / "nemo-run"), "verify", checkpoint, exported], capture_output=True, text=True, check=False
+    )
     assert verified.returncode == 0, verified.stderr
     assert verified.stdout.splitlines()[-1] == "parity: 103/103 tensors bit-exact"
     assert not list(tmp_path.rglob("pwned"))

@@ -17,7 +17,12 @@ IMPORT = "recipes.qwen35vl_import"
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(NEMO_RUN), *arguments], capture_output=True, text=True, timeout=60, env=os.environ | environment, check=False
+        [str(NEMO_RUN), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+        check=False,
     )
 
 
@@ -117,7 +122,13 @@ def test_a_layout_that_does_not_tile_exits_2(tmp_path, capsys):
 # Twice or more what a quiet machine takes (0.07 s, and 0.5 s where Fiddle is needed), for machines that are not quiet.
 @pytest.mark.parametrize(
     ("arguments", "seconds"),
-    [(["--help"], 1.0), ([IMPORT, "layout.language.tpp=2"], 1.0), ([IMPORT], 1.0), (["recipes.x"], 1.0), ([IMPORT, "-h"], 3.0)],
+    [
+        (["--help"], 1.0),
+        ([IMPORT, "layout.language.tpp=2"], 1.0),
+        ([IMPORT], 1.0),
+        (["recipes.x"], 1.0),
+        ([IMPORT, "-h"], 3.0),
+    ],
 )
 def test_help_and_usage_errors_answer_at_once(arguments, seconds):
     def once() -> float:
@@ -161,7 +172,14 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_a_dry_run_shows_recipe_ranks_plan_and_command(checkpoint, tmp_path):
     layout = ["layout.language.tp=2", "layout.images.tp=1"]
     started = time.monotonic()
-    done = run(IMPORT, f"model={checkpoint}", f"target={tmp_path}/out", *layout, "--dryrun", MIMO_JOBS_HOME=str(tmp_path / "home"))
+    done = run(
+        IMPORT,
+        f"model={checkpoint}",
+        f"target={tmp_path}/out",
+        *layout,
+        "--dryrun",
+        MIMO_JOBS_HOME=str(tmp_path / "home"),
+    )
     assert time.monotonic() - started < 6  # 0.8 s on a quiet machine
     assert done.returncode == 0, done.stderr
     for words in (
@@ -179,7 +197,15 @@ def test_a_dry_run_shows_recipe_ranks_plan_and_command(checkpoint, tmp_path):
 
 
 def test_a_dry_run_as_json_is_json_alone(checkpoint, tmp_path):
-    done = run(IMPORT, f"model={checkpoint}", f"target={tmp_path}/out", "--dryrun", "--json", "layout.language.tp=2", "layout.images.tp=2")
+    done = run(
+        IMPORT,
+        f"model={checkpoint}",
+        f"target={tmp_path}/out",
+        "--dryrun",
+        "--json",
+        "layout.language.tp=2",
+        "layout.images.tp=2",
+    )
     data = json.loads(done.stdout)
     assert data["steps"][0]["layout"]["images"]["rank_offset"] == 2
     assert data["steps"][0]["commands"][0]["ranks"] == [0, 1, 2, 3]

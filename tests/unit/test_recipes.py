@@ -1,0 +1,233 @@
+"""Recipes are whole configurations: the table, the overrides, and what is built from them."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import fiddle as fdl
+import pytest
+
+from mimo_jobs import jobs, overrides, pipeline
+from mimo_jobs.errors import UsageError
+from mimo_jobs.layout import ComponentLayout, ParallelLayout
+from recipes import RECIPES, layouts
+
+
+def built(name: str, *given: str) -> list[pipeline.Step]:
+    values = overrides.parse(overrides.split(given), overrides.recipe_fields(name))
+    stand_ins = {
+        p: f"/stand-in/{p}" for p, f in overrides.recipe_fields(name).items() if f.default is overrides.REQUIRED
+    }
+    return pipeline.steps_of(overrides.build(name, {p: v for p, v in stand_ins.items() if "." not in p} | values), name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_in_the_table_with_a_line_an_example_and_its_job(name):
+    assert overrides.summaries()[name].endswith(".")
+    example = overrides.split(overrides.example(name).split())
+    assert overrides.parse(example, overrides.recipe_fields(name))
+    overrides.require(name, example)
+    steps = built(name)
+    assert RECIPES[name].job in (None, steps[0].job)
+    for step in steps:
+        assert step.world_size >= 1
+
+
+def test_every_recipe_function_is_in_the_table():
+    for module in {e.module for e in RECIPES.values()}:
+        source = inspect.getsource(__import__(module, fromlist=["_"]))
+        functions = {
+            n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")
+        }
+        assert functions == {n for n, e in RECIPES.items() if e.module == module}
+
+
+@pytest.mark.parametrize("name", jobs.JOBS)
+def test_every_job_field_is_documented_and_has_a_type_that_can_be_read(name):
+    for path, field in overrides.leaves(jobs.JOBS[name]).items():
+        assert field.doc or path == "layout.world_size", path
+        assert "typing" not in overrides.type_name(field.type)
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "value"),
+    [
+        ("layout.language.tp=2", "layout.language.tp", 2),
+        ("layout.images.rank_offset=4", "layout.images.rank_offset", 4),
+        ("layout.images.dp=none", "layout.images.dp", None),
+        ("layout.images.dp=None", "layout.images.dp", None),
+        ("layout.world_size=16", "layout.world_size", 16),
+        ("overwrite=true", "overwrite", True),
+        ("overwrite=False", "overwrite", False),
+        ("fsync=0", "fsync", False),
+        ("mtp=drop", "mtp", "drop"),
+        ("dtype=bf16", "dtype", "bf16"),
+        ("dtype=none", "dtype", None),
+        ("target=/a b/$(x)=y", "target", "/a b/$(x)=y"),
+        ("target=~/x", "target", str(Path.home() / "x")),
+        ("target=x/../y", "target", str(Path.cwd() / "y")),
+        ("target=none", "target", str(Path.cwd() / "none")),
+        ("model=Qwen/Qwen3.5-0.8B", "model", "Qwen/Qwen3.5-0.8B"),
+    ],
+)
+def test_an_override_reaches_the_built_arguments(given, path, value):
+    (step,) = built("qwen35vl_import", given)
+    assert overrides.flat(step.arguments)[path] == value
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "layout.language.tp=1e2",
+        "layout.language.tp=²",
+        "layout.language.tp=None",
+        "layout.language.tp=true",
+        "fsync=2",
+        "target=\0",
+    ],
+)
+def test_a_value_of_another_type_is_refused(given):
+    with pytest.raises(UsageError, match="expected"):
+        built("qwen35vl_import", given)
+
+
+def test_overrides_do_not_conflict_with_what_is_filled_in():
+    (step,) = built(
+        "qwen35vl_import", "layout.language.tp=2", "layout.language.pp=3", "layout.images.tp=1", "layout.images.dp=2"
+    )
+    assert step.layout is not None
+    assert {n: c.ranks for n, c in step.layout.components.items()} == {"language": range(6), "images": range(6, 8)}
+
+
+def test_an_override_inside_a_default_that_the_recipe_left_alone():
+    config = fdl.Partial(jobs.import_hf, layout=fdl.Config(ParallelLayout, language=fdl.Config(ComponentLayout, tp=2)))
+    overrides._set(config, "layout.images.tp", 3)
+    assert overrides.arguments(config)["layout"] == ParallelLayout(ComponentLayout(tp=2), ComponentLayout(tp=3))
+
+
+def test_recipes_do_not_share_configurations():
+    first, second = layouts.split_8gpu(), layouts.split_8gpu()
+    first.language.tp = 1
+    assert second.language.tp == 4
+    assert first.images.tp == 4
+
+
+def test_the_quickstart_exports_from_another_layout_than_it_imported_to():
+    steps = {s.name: s for s in built("quickstart", "workdir=/w")}
+    assert steps["import"].layout != steps["export"].layout
+    assert not steps["import"].layout.colocated
+    assert steps["export"].arguments["source"] == steps["import"].arguments["target"] == "/w/mimo"
+
+
+def test_arguments_survive_json_and_the_worker(tmp_path):
+    import json
+
+    from launchers.base import Job
+    from mimo_jobs.worker import read_job
+
+    (step,) = built("qwen35vl_import", "layout.language.tp=2", "dtype=fp32", "target=/a '\"\n$(x)")
+    job = Job(step.job, step.plain(), step.world_size, tmp_path / "record", "id")
+    job.write()
+    assert json.loads(job.file.read_text())["world_size"] == step.world_size
+    read = read_job(job.file)
+    assert read["arguments"] == dict(step.arguments)
+    assert read["function"] is jobs.import_hf
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 2}, "schema 1"),
+        ({"job": "import_fh"}, "did you mean 'import_hf'"),
+        ({"extra": 1}, "expected the keys"),
+        (
+            {"arguments": {"model": "m", "target": "t", "layout": {}, "dtyp": 1}},
+            "unknown field 'dtyp'; did you mean 'dtype'",
+        ),
+        (
+            {"arguments": {"model": "m", "target": "t", "layout": {"language": {"tpp": 1}}}},
+            "arguments.layout.language: unknown field",
+        ),
+        ({"arguments": {"model": "m", "layout": {}}}, "target is missing"),
+        ({"arguments": {"model": "m", "target": "t", "layout": 3}}, "expected an object"),
+        ({"arguments": {"model": "m", "target": "t", "layout": {}, "world": 3}}, "unknown field 'world'"),
+    ],
+)
+def test_the_worker_is_strict_about_its_job(change, said, tmp_path, capsys):
+    import json
+
+    from mimo_jobs import worker
+
+    job = {
+        "schema": 1,
+        "job": "import_hf",
+        "run_id": "r",
+        "world_size": 1,
+        "record": str(tmp_path),
+        "arguments": {},
+    } | change
+    (tmp_path / "JOB.json").write_text(json.dumps(job))
+    assert worker.main([str(tmp_path / "JOB.json")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_first_rank_to_write_a_result_wins(tmp_path):
+    import json
+
+    from mimo_jobs.worker import write_result
+
+    assert write_result(tmp_path, {"status": "failed", "error": {"rank": 3}})
+    assert not write_result(tmp_path, {"status": "ok"})
+    assert json.loads((tmp_path / "result.json").read_text())["error"]["rank"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_chain_stops_at_the_first_failure_with_its_exit_code(tmp_path):
+    import json
+    from types import SimpleNamespace
+
+    from mimo_jobs.console import Steps, make
+    from mimo_jobs.errors import UserError
+    from mimo_jobs.worker import write_result
+
+    started = []
+
+    def launch(job, watch):
+        started.append(job.record.name)
+        ok = len(started) < 2
+        write_result(
+            job.record, {"status": "ok", "summary": {}} if ok else {"status": "failed", "error": {"message": "no luck"}}
+        )
+
+    steps = [
+        pipeline.Step(n, "make_tiny", {"target": f"/t/{n}", "seed": 0, "overwrite": False}) for n in ("a", "b", "c")
+    ]
+    run = pipeline.Run("chain", steps, SimpleNamespace(launch=launch), "chain-1", tmp_path / "runs" / "chain-1")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="b: no luck") as caught:
+        pipeline.run_chain(run, Steps(make(stderr=True), 3), {})
+    assert caught.value.exit_code == 1
+    assert started == ["1-a", "2-b"]
+    record = json.loads((run.root / "RUN.json").read_text())
+    assert [s["state"] for s in record["steps"]] == ["done", "failed", "waiting"]
+
+
+def test_a_job_without_a_result_failed_and_says_how_its_rank_died(tmp_path):
+    from launchers.base import Job, outcome
+
+    job = Job("import_hf", {}, 2, tmp_path / "record", "id")
+    job.write()
+    assert "ended without a result" in (outcome(job).error or "")
+    log = job.record / "nemo_run" / "0" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(
+        "Root Cause (first observed failure):\n[0]:\n  rank      : 5 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
+    )
+    assert outcome(job).error.startswith("rank 5 was killed by SIGKILL; out of memory?")
+    (job.record / "result.json").write_text('{"status": ')
+    assert outcome(job).exit_code == 1, "half a result is no result"
+
+
+def test_the_fields_of_the_layout_are_those_of_its_dataclasses():
+    found = {p for p in overrides.recipe_fields("qwen35vl_import") if p.startswith("layout.language.")}
+    assert found == {f"layout.language.{f.name}" for f in dataclasses.fields(ComponentLayout)}
