@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,16 @@ def convert(record: Path, job: str, layout: dict, **arguments: Any) -> dict[str,
     return summaries[0]
 
 
-def start_worker(record: Path, job: str, layout: dict, env: dict | None = None, **arguments: Any) -> list[subprocess.Popen]:
-    """Start the ranks of a job as worker processes, as torchrun would, but with nobody that ends them together."""
+def start_worker(record: Path, job: str, layout: dict, file_limit: dict[int, int] | None = None, **arguments: Any) -> list[subprocess.Popen]:
+    """Start the ranks of a job as worker processes, as torchrun would, but with nobody that ends them together.
+
+    ``file_limit``: rank -> bytes after which its writes fail, as on a full disk.
+    """
+
+    def limited(rank: int) -> None:
+        if file_limit and rank in file_limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit[rank], file_limit[rank]))
+
     size = as_layout(layout).resolve().world_size
     record.mkdir(parents=True, exist_ok=True)
     spec = {"schema": 1, "job": job, "run_id": record.name, "world_size": size, "record": str(record),
@@ -51,7 +61,7 @@ def start_worker(record: Path, job: str, layout: dict, env: dict | None = None, 
     return [
         subprocess.Popen(
             [sys.executable, "-m", "mimo_jobs.worker", str(record / "JOB.json")],
-            env={**os.environ, "RANK": str(r), "WORLD_SIZE": str(size), **(env or {})},
+            env={**os.environ, "RANK": str(r), "WORLD_SIZE": str(size)}, preexec_fn=partial(limited, r),
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )
         for r in range(size)

@@ -192,7 +192,7 @@ def test_a_dry_run_shows_recipe_ranks_plan_and_command(checkpoint, tmp_path):
         "--nproc-per-node 3",
         "mimo_jobs.worker",
     ):
-        assert words in done.stdout
+        assert words in done.stdout, done.stdout
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
 
 
