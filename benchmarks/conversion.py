@@ -113,7 +113,11 @@ class Bench:
         target.mkdir()
         command = [sys.executable, str(ROOT / "benchmarks/gather_baseline.py"), str(self.source), str(target)]
         measured = launch(command, 2)
-        return {"move": json.loads(measured["stdout"][0])["seconds"], "process": measured["process"], "rss_anon": measured["rss_anon"]}
+        return {
+            "move": json.loads(measured["stdout"][0])["seconds"],
+            "process": measured["process"],
+            "rss_anon": measured["rss_anon"],
+        }
 
     def cases(self) -> dict:
         source, mimo = str(self.source), str(self.work / "mimo")
@@ -188,7 +192,9 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> None:
 
 def report(options: argparse.Namespace, bench: Bench, samples: list[dict], equal: bool, console: Console) -> None:
     rows = {}
-    table = Table(title=f"{options.shape} shape, {bench.nbytes / 1e9:.3f} GB, {len(samples)} paired repetitions, export bit-exact: {equal}")
+    table = Table(
+        title=f"{options.shape} shape, {bench.nbytes / 1e9:.3f} GB, {len(samples)} paired repetitions, export bit-exact: {equal}"
+    )
     for column in ("case", "move s", "x cp", "process s", "peak RssAnon MB a rank", "own shard MB"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for name in samples[0]:
@@ -220,7 +226,9 @@ def report(options: argparse.Namespace, bench: Bench, samples: list[dict], equal
     speedups = {
         "export: gather on rank 0 / ours, 2 ranks": paired("gather on rank 0, save_file", "export, 2 ranks"),
         "export: 1 rank / 2 ranks": paired("export, 1 rank", "export, 2 ranks"),
-        "what the machine allows: cp / 2 cp at once of half the bytes each": middle([two_copies(bench) for _ in samples]),
+        "what the machine allows: cp / 2 cp at once of half the bytes each": middle(
+            [two_copies(bench) for _ in samples]
+        ),
     }
     for name, value in speedups.items():
         console.print(f"{name}: {value['median']:.2f} [{value['min']:.2f}, {value['max']:.2f}]")

@@ -61,10 +61,12 @@ def _defaults(name: str, function: Callable[..., None]) -> Callable[[], Any]:
     def factory() -> run.Partial:
         required = {p: "" for p, f in overrides.recipe_fields(name).items() if f.default is overrides.REQUIRED}
         config = overrides.build(name, required)
-        given = {k: v for k, v in config.__arguments__.items() if k not in required}
-        return run.Partial(
-            function, **{k: fdl.cast(run.Config, v) if isinstance(v, fdl.Config) else v for k, v in given.items()}
-        )
+        made: dict[str, Any] = {
+            k: fdl.cast(run.Config, v) if isinstance(v, fdl.Config) else v
+            for k, v in config.__arguments__.items()
+            if k not in required
+        }
+        return run.Partial(function, **made)
 
     factory.__name__ = f"{name}_defaults"
     return factory
@@ -77,5 +79,5 @@ for _name, _entry in RECIPES.items():
         name=_name,
         namespace="recipes",
         help=overrides.summaries()[_name],
-        **({"default_factory": _defaults(_name, _made)} if _entry.job else {}),
+        default_factory=_defaults(_name, _made) if _entry.job else None,
     )

@@ -43,7 +43,9 @@ def convert(record: Path, job: str, layout: dict, **arguments: Any) -> dict[str,
     return summaries[0]
 
 
-def start_worker(record: Path, job: str, layout: dict, file_limit: dict[int, int] | None = None, **arguments: Any) -> list[subprocess.Popen]:
+def start_worker(
+    record: Path, job: str, layout: dict, file_limit: dict[int, int] | None = None, **arguments: Any
+) -> list[subprocess.Popen]:
     """Start the ranks of a job as worker processes, as torchrun would, but with nobody that ends them together.
 
     ``file_limit``: rank -> bytes after which its writes fail, as on a full disk.

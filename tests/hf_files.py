@@ -24,7 +24,13 @@ def config_of(
         "depth": depth, "hidden_size": v_hidden, "intermediate_size": v_ffn, "num_heads": v_heads, "out_hidden_size": hidden,
         "in_channels": 3, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 16,
     }  # fmt: skip
-    return {"model_type": "qwen3_5", "dtype": "bfloat16", "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+    return {
+        "model_type": "qwen3_5",
+        "dtype": "bfloat16",
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": tied,
+    }
 
 
 def entries_of(config: dict, mtp: bool = True) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -36,11 +42,24 @@ def entries_of(config: dict, mtp: bool = True) -> list[tuple[str, str, tuple[int
         found.append((tensor.name, "F32" if wide else "BF16", tensor.shape))
     if mtp:
         hidden = config["text_config"]["hidden_size"]
-        found += [("mtp.fc.weight", "BF16", (hidden, 2 * hidden)), ("mtp.norm.weight", "BF16", (hidden,)), ("mtp.step", "I64", ())]
+        found += [
+            ("mtp.fc.weight", "BF16", (hidden, 2 * hidden)),
+            ("mtp.norm.weight", "BF16", (hidden,)),
+            ("mtp.step", "I64", ()),
+        ]
     return found
 
 
-def make_hf(directory: Path, config: dict | None = None, *, shards: int = 3, seed: int = 0, mtp: bool = True, single=False, entries=None) -> Path:
+def make_hf(
+    directory: Path,
+    config: dict | None = None,
+    *,
+    shards: int = 3,
+    seed: int = 0,
+    mtp: bool = True,
+    single=False,
+    entries=None,
+) -> Path:
     """Write config, tokenizer stand-in, ``shards`` files and their index."""
     config, rng = config or config_of(), random.Random(seed)
     directory.mkdir(parents=True)

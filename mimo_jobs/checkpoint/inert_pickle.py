@@ -128,7 +128,9 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if not self._expected(module, name):
-            raise UserError(f"{self._what}: refers to {module}.{name}, which a checkpoint of weights does not need; refused")
+            raise UserError(
+                f"{self._what}: refers to {module}.{name}, which a checkpoint of weights does not need; refused"
+            )
         return _stand_in(Global(module, name))
 
     def persistent_load(self, pid: Any) -> Persistent:

@@ -26,7 +26,18 @@ HF_DIR = "hf"
 HEADERS_DIR = "headers"
 PASSED_THROUGH_NAME = "passed_through.safetensors"
 FORMAT = 1
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,9 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give the target of an import")
     if not path.exists():
-        hint = "; it looks like a Hugging Face directory: import it first" if (directory / "config.json").exists() else ""
+        hint = (
+            "; it looks like a Hugging Face directory: import it first" if (directory / "config.json").exists() else ""
+        )
         raise UserError(f"{directory}: has no {MANIFEST_NAME}: not a finished MIMO checkpoint{hint}")
     try:
         value = json.loads(path.read_bytes())
@@ -103,7 +116,9 @@ def read_manifest(directory: Path) -> Manifest:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(f"{file}: {what}, {MANIFEST_NAME} says {size} bytes; the checkpoint is damaged: import it again")
+            raise UserError(
+                f"{file}: {what}, {MANIFEST_NAME} says {size} bytes; the checkpoint is damaged: import it again"
+            )
     return manifest
 
 

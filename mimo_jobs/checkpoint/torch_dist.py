@@ -229,9 +229,7 @@ def encode_metadata(tensors: Iterable[StoredTensor], objects: Mapping[str, Chunk
 
     for tensor in tensors:
         dtype = ip.Global("torch", DTYPES[tensor.dtype][1])
-        properties = ip.Object(
-            ip.Global(_DCP, "TensorProperties"), (dtype, layout, False, contiguous, False, None)
-        )
+        properties = ip.Object(ip.Global(_DCP, "TensorProperties"), (dtype, layout, False, contiguous, False, None))
         boxes = [
             ip.Object(
                 ip.Global(_DCP, "ChunkStorageMetadata"), {"offsets": size(chunk.offsets), "sizes": size(chunk.sizes)}
@@ -273,7 +271,9 @@ def read_metadata(directory: Path) -> dict[str, StoredTensor]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}: not a torch_dist checkpoint, or incomplete") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}: not a torch_dist checkpoint, or incomplete"
+        ) from None
     value = ip.loads(raw, _metadata_name, str(path))
     found: dict[str, StoredTensor] = {}
     try:
@@ -295,9 +295,7 @@ def read_metadata(directory: Path) -> dict[str, StoredTensor]:
             where = info.state
             name = where["relative_path"]
             assert isinstance(name, str) and name == os.path.basename(name), f"file name {name!r}"
-            found[key].chunks.append(
-                Chunk(tuple(offset.args[0]), tuple(sizes), name, where["offset"], where["length"])
-            )
+            found[key].chunks.append(Chunk(tuple(offset.args[0]), tuple(sizes), name, where["offset"], where["length"]))
     except (AssertionError, KeyError, AttributeError, TypeError, IndexError, StopIteration) as error:
         raise UserError(f"{path}: not the metadata of a torch_dist checkpoint: {error!r}") from None
     for tensor in found.values():

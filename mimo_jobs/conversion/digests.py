@@ -19,7 +19,9 @@ def file_threads(world_size: int) -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // max(1, local)))
 
 
-def tensor_digests(jobs: Sequence[DigestJob], files: transfer.Files, world: World, phase: str, total: int) -> dict[str, str]:
+def tensor_digests(
+    jobs: Sequence[DigestJob], files: transfer.Files, world: World, phase: str, total: int
+) -> dict[str, str]:
     """name -> hex digest of each job's bytes. ``total``: bytes over all ranks, for progress."""
     from blake3 import blake3
 

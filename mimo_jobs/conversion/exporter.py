@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jobs.checkpoint import torch_dist
-from mimo_jobs.checkpoint.manifest import HEADERS_DIR, HF_DIR, PASSED_THROUGH_NAME, Manifest, read_manifest, versions, write_json
+from mimo_jobs.checkpoint.manifest import (
+    HEADERS_DIR,
+    HF_DIR,
+    PASSED_THROUGH_NAME,
+    Manifest,
+    read_manifest,
+    versions,
+    write_json,
+)
 from mimo_jobs.conversion import publish
 from mimo_jobs.conversion.digests import file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.importer import MTP_CHOICES, _set_dtype
@@ -21,7 +29,17 @@ from mimo_jobs.weights import plan as plans
 from mimo_jobs.weights import transfer
 from mimo_jobs.weights.dtypes import cast_to, itemsize, parse_dtype
 from mimo_jobs.weights.rules import stored_rows
-from mimo_jobs.weights.safetensors_io import INDEX_NAME, SINGLE_NAME, Shard, TensorInfo, make_header, new_shard, open_hf, parse_header, read_shard
+from mimo_jobs.weights.safetensors_io import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Shard,
+    TensorInfo,
+    make_header,
+    new_shard,
+    open_hf,
+    parse_header,
+    read_shard,
+)
 
 PARITY_NAME = "parity.json"
 
@@ -154,10 +172,16 @@ def _check_stored(source: Path, weight_map: plans.WeightMap, stored: dict[str, t
         for tensor in rule.stored:
             found = stored.get(tensor.name)
             if found is None:
-                raise UserError(f"{source}: {tensor.name} is not in the checkpoint; it is of another model, or incomplete")
-            longer = tensor.cut is plans.Cut.VOCAB and found.shape[0] >= tensor.rows and found.shape[1:] == tensor.shape[1:]
+                raise UserError(
+                    f"{source}: {tensor.name} is not in the checkpoint; it is of another model, or incomplete"
+                )
+            longer = (
+                tensor.cut is plans.Cut.VOCAB and found.shape[0] >= tensor.rows and found.shape[1:] == tensor.shape[1:]
+            )
             if found.shape != tensor.shape and not longer:
-                raise UserError(f"{source}: {tensor.name} has shape {list(found.shape)}, the config calls for {list(tensor.shape)}")
+                raise UserError(
+                    f"{source}: {tensor.name} has shape {list(found.shape)}, the config calls for {list(tensor.shape)}"
+                )
             for chunk in found.chunks:
                 path = source / chunk.file
                 if not path.is_file():
@@ -230,11 +254,18 @@ def _tasks(
     for name, owner in made.passed_ranks:
         if owner == rank:
             assert made.passed is not None
-            yield partial(_copy_tensor, files, made.args.source, made.passed.tensors[name], staging, made.tensors[name], moved)
+            yield partial(
+                _copy_tensor, files, made.args.source, made.passed.tensors[name], staging, made.tensors[name], moved
+            )
 
 
 def _copy_tensor(
-    files: transfer.Files, source: Path, before: TensorInfo, target: Path, after: TensorInfo, moved: Callable[[int], None]
+    files: transfer.Files,
+    source: Path,
+    before: TensorInfo,
+    target: Path,
+    after: TensorInfo,
+    moved: Callable[[int], None],
 ) -> None:
     transfer.copy_range(
         files.reader(source / before.file), before.offset, files.writer(target / after.file), after.offset, before.nbytes,
@@ -252,7 +283,9 @@ def _write_share(
     for run in stored_rows(made.matched.segments[share.rule], share.stored, share.row, share.row + share.rows):
         name = rule.hf[run.hf].name
         for i, out in enumerate(n for n in (name, aliases.get(name)) if n in made.tensors):
-            _write_rows(made, stored, tensor.row_elements, run, made.tensors[out], files, staging, moved if i == 0 else _silent)
+            _write_rows(
+                made, stored, tensor.row_elements, run, made.tensors[out], files, staging, moved if i == 0 else _silent
+            )
 
 
 def _silent(_: int) -> None:
@@ -286,7 +319,9 @@ def _write_rows(
             if covered >= row_elements:
                 break
         if covered != row_elements:
-            raise UserError(f"{source}: {stored.key}: rows {a} to {b} are not covered by the checkpoint's chunks exactly once")
+            raise UserError(
+                f"{source}: {stored.key}: rows {a} to {b} are not covered by the checkpoint's chunks exactly once"
+            )
         to = info.offset + (run.hf_row + a - first) * out_row
         if len(parts) == 1:
             transfer.copy_range(parts[0][0], parts[0][1], target, to, (b - a) * row_elements * size, moved, cast)
@@ -368,4 +403,3 @@ def _certificate(made: ExportPlan, digests: dict[str, str], index_names: list[st
         "layout": made.args.layout.as_layout(), "versions": {"written_by": made.manifest.versions, "exported_by": versions()},
         "digest": "blake3", "digests": {n: {"digest": digests.get(n), "status": status[n]} for n in made.tensors},
     }  # fmt: skip
-

@@ -10,7 +10,14 @@ from typing import Any
 
 from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.checkpoint.manifest import (
-    HEADERS_DIR, HF_DIR, PASSED_THROUGH_NAME, Manifest, companion_files, read_config, versions, write_json,
+    HEADERS_DIR,
+    HF_DIR,
+    PASSED_THROUGH_NAME,
+    Manifest,
+    companion_files,
+    read_config,
+    versions,
+    write_json,
     write_manifest,
 )
 from mimo_jobs.conversion import publish
@@ -224,7 +231,9 @@ def _tasks(
         yield lambda: transfer.write_full(files.writer(staging / PASSED_THROUGH_NAME), head, 0)
     if made.common is not None and made.common.file == f"__{rank}_0.distcp":
         common = made.common
-        yield lambda: transfer.write_full(files.writer(staging / common.file), torch_dist.common_archive(), common.offset)
+        yield lambda: transfer.write_full(
+            files.writer(staging / common.file), torch_dist.common_archive(), common.offset
+        )
 
 
 def _write_box(

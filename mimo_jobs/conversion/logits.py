@@ -68,9 +68,10 @@ def _logits(directory: str, inputs: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText
 
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+        model, info = loaded
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: the model does not load: {error}") from error
     for problem in ("missing_keys", "mismatched_keys"):

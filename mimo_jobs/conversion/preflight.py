@@ -120,5 +120,5 @@ def as_layout(value: ParallelLayout | Mapping | None) -> ParallelLayout:
         return ParallelLayout()
     if isinstance(value, ParallelLayout):
         return value
-    made = {n: v if n == "world_size" or isinstance(v, ComponentLayout) else ComponentLayout(**v) for n, v in value.items()}
-    return ParallelLayout(**made)
+    components = {n: v if isinstance(v, ComponentLayout) else ComponentLayout(**v) for n, v in value.items() if n != "world_size"}
+    return ParallelLayout(**components, world_size=value.get("world_size"))

@@ -16,7 +16,9 @@ _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise `UserError` unless ``target`` can be written: it does not exist (or ``overwrite``), its parent can be."""
     if (target.exists() or target.is_symlink()) and not overwrite:
-        raise UserError(f"{target}: exists; choose another target, or give overwrite=true to replace it when the new one is complete")
+        raise UserError(
+            f"{target}: exists; choose another target, or give overwrite=true to replace it when the new one is complete"
+        )
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file; give a directory")
     parent = next(p for p in target.parents if p.exists())

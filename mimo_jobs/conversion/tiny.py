@@ -195,9 +195,9 @@ def _write_processor(directory: Path, shape: Shape) -> None:
     )
     assert {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS} == ids
     cell = (2 * shape.patch) ** 2  # pixels of one image token
-    sizes = {"patch_size": shape.patch, "temporal_patch_size": 2, "merge_size": 2}
-    limits = {"shortest_edge": 4 * cell, "longest_edge": 4 * shape.vision_positions * cell}
-    statistics = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    sizes: dict[str, Any] = {"patch_size": shape.patch, "temporal_patch_size": 2, "merge_size": 2}
+    limits: Any = {"shortest_edge": 4 * cell, "longest_edge": 4 * shape.vision_positions * cell}
+    statistics: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=limits, **sizes, **statistics),
         tokenizer=tokenizer,

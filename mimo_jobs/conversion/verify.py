@@ -14,7 +14,9 @@ from mimo_jobs.weights.safetensors_io import HfCheckpoint, TensorInfo, open_hf
 Progress = Callable[[int, int], None]
 
 
-def verify_hf(left: str | Path, right: str | Path, workers: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def verify_hf(
+    left: str | Path, right: str | Path, workers: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Compare two checkpoints tensor by tensor, reading both sides on ``workers`` threads.
 
     Args:

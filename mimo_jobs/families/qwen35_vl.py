@@ -38,19 +38,31 @@ def vision_qkv(d: Dims) -> Pieces:
 _T = "model.language_model."
 _L = _T + "layers.{i}."
 
-EMBEDDING = [consecutive(Stored("embedding.word_embeddings.weight", ("vocab", "hidden"), VOCAB), Hf(_T + "embed_tokens.weight", ("vocab", "hidden")))]
+EMBEDDING = [
+    consecutive(
+        Stored("embedding.word_embeddings.weight", ("vocab", "hidden"), VOCAB),
+        Hf(_T + "embed_tokens.weight", ("vocab", "hidden")),
+    )
+]
 FINAL_NORM = [consecutive(Stored("decoder.final_layernorm.weight", ("hidden",)), Hf(_T + "norm.weight", ("hidden",)))]
-HEAD = [consecutive(Stored("output_layer.weight", ("vocab", "hidden"), VOCAB), Hf("lm_head.weight", ("vocab", "hidden")))]
+HEAD = [
+    consecutive(Stored("output_layer.weight", ("vocab", "hidden"), VOCAB), Hf("lm_head.weight", ("vocab", "hidden")))
+]
 
 _M = "decoder.layers.{i}."
 LAYER = [
     consecutive(Stored(_M + "input_layernorm.weight", ("hidden",)), Hf(_L + "input_layernorm.weight", ("hidden",))),
-    consecutive(Stored(_M + "pre_mlp_layernorm.weight", ("hidden",)), Hf(_L + "post_attention_layernorm.weight", ("hidden",))),
+    consecutive(
+        Stored(_M + "pre_mlp_layernorm.weight", ("hidden",)), Hf(_L + "post_attention_layernorm.weight", ("hidden",))
+    ),
     consecutive(
         Stored(_M + "mlp.linear_fc1.weight", ("two_ffn", "hidden"), GATED_ROWS),
         [Hf(_L + "mlp.gate_proj.weight", ("ffn", "hidden")), Hf(_L + "mlp.up_proj.weight", ("ffn", "hidden"))],
     ),
-    consecutive(Stored(_M + "mlp.linear_fc2.weight", ("hidden", "ffn"), COLUMNS), Hf(_L + "mlp.down_proj.weight", ("hidden", "ffn"))),
+    consecutive(
+        Stored(_M + "mlp.linear_fc2.weight", ("hidden", "ffn"), COLUMNS),
+        Hf(_L + "mlp.down_proj.weight", ("hidden", "ffn")),
+    ),
 ]
 
 _A = _M + "self_attention."
@@ -64,7 +76,9 @@ FULL_ATTENTION = [
         ),
         gated_qkv,
     ),
-    consecutive(Stored(_A + "linear_proj.weight", ("hidden", "q"), COLUMNS), Hf(_L + "self_attn.o_proj.weight", ("hidden", "q"))),
+    consecutive(
+        Stored(_A + "linear_proj.weight", ("hidden", "q"), COLUMNS), Hf(_L + "self_attn.o_proj.weight", ("hidden", "q"))
+    ),
     consecutive(Stored(_A + "q_layernorm.weight", ("head_dim",)), Hf(_L + "self_attn.q_norm.weight", ("head_dim",))),
     consecutive(Stored(_A + "k_layernorm.weight", ("head_dim",)), Hf(_L + "self_attn.k_norm.weight", ("head_dim",))),
 ]
@@ -78,9 +92,18 @@ LINEAR_ATTENTION = [
         ],
         Hf(_L + "linear_attn.in_proj_qkv.weight", ("gdn_qkv", "hidden")),
     ),
-    consecutive(Stored(_A + "in_proj.weight.z", ("gdn_value", "hidden"), ROWS), Hf(_L + "linear_attn.in_proj_z.weight", ("gdn_value", "hidden"))),
-    consecutive(Stored(_A + "in_proj.weight.beta", ("gdn_value_heads", "hidden"), ROWS), Hf(_L + "linear_attn.in_proj_b.weight", ("gdn_value_heads", "hidden"))),
-    consecutive(Stored(_A + "in_proj.weight.alpha", ("gdn_value_heads", "hidden"), ROWS), Hf(_L + "linear_attn.in_proj_a.weight", ("gdn_value_heads", "hidden"))),
+    consecutive(
+        Stored(_A + "in_proj.weight.z", ("gdn_value", "hidden"), ROWS),
+        Hf(_L + "linear_attn.in_proj_z.weight", ("gdn_value", "hidden")),
+    ),
+    consecutive(
+        Stored(_A + "in_proj.weight.beta", ("gdn_value_heads", "hidden"), ROWS),
+        Hf(_L + "linear_attn.in_proj_b.weight", ("gdn_value_heads", "hidden")),
+    ),
+    consecutive(
+        Stored(_A + "in_proj.weight.alpha", ("gdn_value_heads", "hidden"), ROWS),
+        Hf(_L + "linear_attn.in_proj_a.weight", ("gdn_value_heads", "hidden")),
+    ),
     consecutive(
         [
             Stored(_A + "conv1d.weight.query", ("gdn_key", 1, "gdn_conv"), ROWS),
@@ -90,29 +113,58 @@ LINEAR_ATTENTION = [
         Hf(_L + "linear_attn.conv1d.weight", ("gdn_qkv", 1, "gdn_conv")),
     ),
     consecutive(Stored(_A + "A_log", ("gdn_value_heads",), ROWS), Hf(_L + "linear_attn.A_log", ("gdn_value_heads",))),
-    consecutive(Stored(_A + "dt_bias", ("gdn_value_heads",), ROWS), Hf(_L + "linear_attn.dt_bias", ("gdn_value_heads",))),
-    consecutive(Stored(_A + "out_norm.weight", ("gdn_value_dim",)), Hf(_L + "linear_attn.norm.weight", ("gdn_value_dim",))),
-    consecutive(Stored(_A + "out_proj.weight", ("hidden", "gdn_value"), COLUMNS), Hf(_L + "linear_attn.out_proj.weight", ("hidden", "gdn_value"))),
+    consecutive(
+        Stored(_A + "dt_bias", ("gdn_value_heads",), ROWS), Hf(_L + "linear_attn.dt_bias", ("gdn_value_heads",))
+    ),
+    consecutive(
+        Stored(_A + "out_norm.weight", ("gdn_value_dim",)), Hf(_L + "linear_attn.norm.weight", ("gdn_value_dim",))
+    ),
+    consecutive(
+        Stored(_A + "out_proj.weight", ("hidden", "gdn_value"), COLUMNS),
+        Hf(_L + "linear_attn.out_proj.weight", ("hidden", "gdn_value")),
+    ),
 ]
 
 _V = "model.visual."
 PATCHES = [
-    consecutive(Stored("patch_embed.weight", ("v_hidden", "v_patch")), Hf(_V + "patch_embed.proj.weight", ("v_hidden", "v_channels", "v_time", "v_side", "v_side"))),
+    consecutive(
+        Stored("patch_embed.weight", ("v_hidden", "v_patch")),
+        Hf(_V + "patch_embed.proj.weight", ("v_hidden", "v_channels", "v_time", "v_side", "v_side")),
+    ),
     consecutive(Stored("patch_embed.bias", ("v_hidden",)), Hf(_V + "patch_embed.proj.bias", ("v_hidden",))),
-    consecutive(Stored("pos_embed.weight", ("v_positions", "v_hidden")), Hf(_V + "pos_embed.weight", ("v_positions", "v_hidden"))),
+    consecutive(
+        Stored("pos_embed.weight", ("v_positions", "v_hidden")),
+        Hf(_V + "pos_embed.weight", ("v_positions", "v_hidden")),
+    ),
 ]
 
 _B = _V + "blocks.{i}."
 VISION_BLOCK = [
-    *(consecutive(Stored(f"{_M}{m}.{wb}", ("v_hidden",)), Hf(f"{_B}{h}.{wb}", ("v_hidden",)))
-      for m, h in (("input_layernorm", "norm1"), ("pre_mlp_layernorm", "norm2")) for wb in ("weight", "bias")),
-    Rule((Stored(_A + "linear_qkv.weight", ("v_qkv", "v_hidden"), ROWS),), (Hf(_B + "attn.qkv.weight", ("v_qkv", "v_hidden")),), vision_qkv),
+    *(
+        consecutive(Stored(f"{_M}{m}.{wb}", ("v_hidden",)), Hf(f"{_B}{h}.{wb}", ("v_hidden",)))
+        for m, h in (("input_layernorm", "norm1"), ("pre_mlp_layernorm", "norm2"))
+        for wb in ("weight", "bias")
+    ),
+    Rule(
+        (Stored(_A + "linear_qkv.weight", ("v_qkv", "v_hidden"), ROWS),),
+        (Hf(_B + "attn.qkv.weight", ("v_qkv", "v_hidden")),),
+        vision_qkv,
+    ),
     Rule((Stored(_A + "linear_qkv.bias", ("v_qkv",), ROWS),), (Hf(_B + "attn.qkv.bias", ("v_qkv",)),), vision_qkv),
-    consecutive(Stored(_A + "linear_proj.weight", ("v_hidden", "v_hidden"), COLUMNS), Hf(_B + "attn.proj.weight", ("v_hidden", "v_hidden"))),
+    consecutive(
+        Stored(_A + "linear_proj.weight", ("v_hidden", "v_hidden"), COLUMNS),
+        Hf(_B + "attn.proj.weight", ("v_hidden", "v_hidden")),
+    ),
     consecutive(Stored(_A + "linear_proj.bias", ("v_hidden",)), Hf(_B + "attn.proj.bias", ("v_hidden",))),
-    consecutive(Stored(_M + "mlp.linear_fc1.weight", ("v_ffn", "v_hidden"), ROWS), Hf(_B + "mlp.linear_fc1.weight", ("v_ffn", "v_hidden"))),
+    consecutive(
+        Stored(_M + "mlp.linear_fc1.weight", ("v_ffn", "v_hidden"), ROWS),
+        Hf(_B + "mlp.linear_fc1.weight", ("v_ffn", "v_hidden")),
+    ),
     consecutive(Stored(_M + "mlp.linear_fc1.bias", ("v_ffn",), ROWS), Hf(_B + "mlp.linear_fc1.bias", ("v_ffn",))),
-    consecutive(Stored(_M + "mlp.linear_fc2.weight", ("v_hidden", "v_ffn"), COLUMNS), Hf(_B + "mlp.linear_fc2.weight", ("v_hidden", "v_ffn"))),
+    consecutive(
+        Stored(_M + "mlp.linear_fc2.weight", ("v_hidden", "v_ffn"), COLUMNS),
+        Hf(_B + "mlp.linear_fc2.weight", ("v_hidden", "v_ffn")),
+    ),
     consecutive(Stored(_M + "mlp.linear_fc2.bias", ("v_hidden",)), Hf(_B + "mlp.linear_fc2.bias", ("v_hidden",))),
 ]
 
@@ -153,7 +205,11 @@ def dims(config: Mapping) -> dict[str, int]:
         raise UserError(
             f"config.json: vision_config.out_hidden_size={v['v_out']} differs from text_config.hidden_size={t['hidden']}"
         )
-    q, gdn_key, gdn_value = t["heads"] * t["head_dim"], t["gdn_key_heads"] * t["gdn_key_dim"], t["gdn_value_heads"] * t["gdn_value_dim"]
+    q, gdn_key, gdn_value = (
+        t["heads"] * t["head_dim"],
+        t["gdn_key_heads"] * t["gdn_key_dim"],
+        t["gdn_value_heads"] * t["gdn_value_dim"],
+    )
     kv = t["kv_heads"] * t["head_dim"]
     return t | v | {
         "two_ffn": 2 * t["ffn"], "q": q, "q_and_gate": 2 * q, "kv": kv, "qkv": 2 * q + 2 * kv,

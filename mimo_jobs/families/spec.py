@@ -54,9 +54,7 @@ class Rule:
 
 def consecutive(stored: Stored | Iterable[Stored], hf: Hf | Iterable[Hf]) -> Rule:
     """The rows of the HF tensors, in order, cut into the checkpoint tensors, in order (copy, concatenate, split)."""
-    return Rule(
-        (stored,) if isinstance(stored, Stored) else tuple(stored), (hf,) if isinstance(hf, Hf) else tuple(hf)
-    )
+    return Rule((stored,) if isinstance(stored, Stored) else tuple(stored), (hf,) if isinstance(hf, Hf) else tuple(hf))
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,9 @@ class BoundRule:
     pieces: tuple[tuple[int, int], ...]
 
 
-def bind(rules: Iterable[Rule], dims: Dims, component: str, stage: int | str, prefix: str, **names: object) -> list[BoundRule]:
+def bind(
+    rules: Iterable[Rule], dims: Dims, component: str, stage: int | str, prefix: str, **names: object
+) -> list[BoundRule]:
     """Give rules their numbers; ``{name}`` in tensor names is filled from ``names``, keys get ``prefix``."""
 
     def shape(symbolic: Shape) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """The ``core_attention`` of both components, on ``F.scaled_dot_product_attention``: causal or full, grouped queries."""
+    """The ``core_attention`` of both components on PyTorch: causal or full, grouped queries, packed sequences."""
 
     def __init__(
         self,
@@ -105,7 +105,8 @@ class GatedSelfAttention(SelfAttention):
             hidden_states: (seq, batch, hidden).
 
         Returns:
-            query (seq, batch, local heads, head_dim), key and value (seq, batch, local groups, head_dim), gate like query.
+            query and gate (seq, batch, local heads, head_dim); key and value (seq, batch, local groups, head_dim);
+            in the order query, key, value, gate.
         """
         assert output_gate and split_qkv and key_value_states is None
         tp, groups = self.pg_collection.tp, self.config.num_query_groups
@@ -149,7 +150,10 @@ class GatedDeltaNet(McoreGatedDeltaNet):
     def _compute_g_and_beta(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, A_log_local_cp: Tensor, dt_bias_local_cp: Tensor, alpha: Tensor, beta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Log decay (fp32) and write strength; exponentiates ``A_log`` in fp32 as Hugging Face does, megatron-core does not."""
+        """Log decay (fp32) and write strength.
+
+        ``A_log`` is exponentiated in fp32 as in Hugging Face; megatron-core takes the parameter's dtype.
+        """
         decay = -A_log_local_cp.float().exp() * F.softplus(alpha.float() + dt_bias_local_cp.float())
         return decay, beta.sigmoid()
 

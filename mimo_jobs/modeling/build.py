@@ -29,7 +29,7 @@ from mimo_jobs.parallel.grids import build_grids
 
 IMAGES = "images"
 ENCODER = "vision"
-"""The only encoder of the images component; checkpoint keys start with ``modality_submodules.images.encoders.vision.``"""
+"""The only encoder of images; its checkpoint keys start with ``modality_submodules.images.encoders.vision.``"""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def build(
         if name.endswith(tuple(float32_parameters)):
             parameter.data = parameter.data.float()
     configs = {LANGUAGE: language, IMAGES: vision}
-    return BuiltModel(model, hf, layout, world.grids, world.groups, configs, _communicator(layout, world.grids, language))
+    communicator = _communicator(layout, world.grids, language)
+    return BuiltModel(model, hf, layout, world.grids, world.groups, configs, communicator)
 
 
 def _communicator(

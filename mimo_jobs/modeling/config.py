@@ -38,7 +38,13 @@ def parse_hf_config(hf_config: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def language_config(
-    hf: PreTrainedConfig, component: Component, *, pp_rank: int, dtype: torch.dtype, sequence_parallel: bool, **more: Any
+    hf: PreTrainedConfig,
+    component: Component,
+    *,
+    pp_rank: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    **more: Any,
 ) -> TransformerConfig:
     """The decoder: hybrid of Gated DeltaNet and gated attention layers, RMSNorm with a (1 + w) weight.
 

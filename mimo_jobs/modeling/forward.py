@@ -108,9 +108,7 @@ def _pipelined(built: BuiltModel, inputs: dict[str, Any]) -> Tensor | None:
         forward_only=True,
         collect_non_loss_data=True,
         p2p_communicator=built.communicator,
-        pg_collection=MultiModuleProcessGroupCollection(
-            built.groups, LANGUAGE if LANGUAGE in built.groups else None
-        ),
+        pg_collection=MultiModuleProcessGroupCollection(built.groups, LANGUAGE if LANGUAGE in built.groups else None),
     )
     return collected[0] if collected else None
 

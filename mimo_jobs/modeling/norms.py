@@ -27,9 +27,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(
-            torch.zeros(hidden_size, dtype=config.params_dtype, device=parameter_device(config))
-        )
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
         # finalize_model_grads sums this gradient over tp, where each rank saw a part of the sequence.
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 

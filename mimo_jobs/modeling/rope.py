@@ -19,7 +19,9 @@ class InterleavedMRope(nn.Module):
         super().__init__()
         self.inv_freq = inverse_frequencies(dim, base, device)  # not a buffer: never cast, never saved
 
-    def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group: object = None, **_unused: object) -> Tensor:
+    def forward(
+        self, position_ids: Tensor, mrope_section: list[int], cp_group: object = None, **_unused: object
+    ) -> Tensor:
         """Angles for each position.
 
         Args:
@@ -41,7 +43,7 @@ class InterleavedMRope(nn.Module):
 
 
 class VisionRope(nn.Module):
-    """Angles of ``Qwen3_5VisionRotaryEmbedding``: the first half of a head turns with the row, the second with the column."""
+    """Angles of ``Qwen3_5VisionRotaryEmbedding``: half of the frequencies turn with the row, half with the column."""
 
     def __init__(self, head_dim: int, base: float, device: torch.device) -> None:
         super().__init__()

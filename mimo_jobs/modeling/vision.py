@@ -97,13 +97,9 @@ class PatchMerger(MegatronModule):
         return self.linear_fc2(F.gelu(merged))[0]
 
 
-def vision_spec(
-    hf: PreTrainedConfig, config: TransformerConfig, groups: ProcessGroupCollection | None
-) -> ModuleSpec:
+def vision_spec(hf: PreTrainedConfig, config: TransformerConfig, groups: ProcessGroupCollection | None) -> ModuleSpec:
     """The spec of the tower; ``groups`` is None on a rank outside the component, where it is never built."""
-    return ModuleSpec(
-        module=VisionTower, params=dict(config=config, vision=hf.vision_config, pg_collection=groups)
-    )
+    return ModuleSpec(module=VisionTower, params=dict(config=config, vision=hf.vision_config, pg_collection=groups))
 
 
 def _frames(grid_thw: Tensor) -> PackedSeqParams:

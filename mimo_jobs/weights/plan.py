@@ -92,7 +92,9 @@ def match(weight_map: WeightMap, headers: Mapping[str, Header], where: str) -> M
         kinds = {headers[t.name].dtype for t in rule.hf}
         if len(kinds) > 1:
             named = ", ".join(f"{t.name} {headers[t.name].dtype}" for t in rule.hf)
-            raise UserError(f"{where}: tensors that are stored as one have different dtypes: {named}; give dtype= to cast")
+            raise UserError(
+                f"{where}: tensors that are stored as one have different dtypes: {named}; give dtype= to cast"
+            )
         dtypes.append(kinds.pop())
     for name, target in aliases.items():
         if (headers[name].dtype, headers[name].shape) != (headers[target].dtype, headers[target].shape):
@@ -133,7 +135,9 @@ def boxes(weight_map: WeightMap, layout: ResolvedLayout) -> list[Box]:
     found = []
     for index, rule in enumerate(weight_map.rules):
         component = layout.components[rule.component]
-        stage = stage_of[rule.stage] if isinstance(rule.stage, int) else {"first": 0, "last": component.pp - 1}[rule.stage]
+        stage = (
+            stage_of[rule.stage] if isinstance(rule.stage, int) else {"first": 0, "last": component.pp - 1}[rule.stage]
+        )
         for stored, tensor in enumerate(rule.stored):
             found += _cut(index, stored, tensor, component, stage)
     return found
@@ -151,7 +155,11 @@ def _cut(rule: int, stored: int, tensor: BoundTensor, component: Component, stag
             return [Box(rule, stored, 0, rows, t * part, part, holders[t]) for t in range(tp)]
         case Cut.GATED_ROWS:
             part = rows // 2 // tp
-            return [Box(rule, stored, h * rows // 2 + t * part, part, 0, width, holders[t]) for t in range(tp) for h in (0, 1)]
+            return [
+                Box(rule, stored, h * rows // 2 + t * part, part, 0, width, holders[t])
+                for t in range(tp)
+                for h in (0, 1)
+            ]
         case _:
             part = (padded_vocab(rows, tp) if tensor.cut is Cut.VOCAB else rows) // tp
             return [Box(rule, stored, t * part, part, 0, width, holders[t]) for t in range(tp)]
@@ -207,7 +215,11 @@ def export_shares(matched: Matched, layout: ResolvedLayout) -> list[Share]:
         count = max(1, min(len(holders), (stop - row) * row_bytes // MIN_SHARE, stop - row))
         cuts = [row + (stop - row) * i // count for i in range(count + 1)]
         for i in range(count):
-            allowed = tuple(holders) if count == 1 else tuple(holders[len(holders) * i // count : len(holders) * (i + 1) // count])
+            allowed = (
+                tuple(holders)
+                if count == 1
+                else tuple(holders[len(holders) * i // count : len(holders) * (i + 1) // count])
+            )
             pieces.append((rule, stored, cuts[i], cuts[i + 1] - cuts[i], allowed, (cuts[i + 1] - cuts[i]) * row_bytes))
     ranks = give_out(((p[5], p[4]) for p in pieces), layout.world_size)
     return [Share(rank, *p[:4]) for rank, p in zip(ranks, pieces, strict=True)]

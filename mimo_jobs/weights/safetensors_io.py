@@ -68,7 +68,9 @@ def open_hf(directory: Path) -> HfCheckpoint:
             a damaged header, offsets outside the file, or a truncated file.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give a directory with config.json and *.safetensors, or a hub id")
+        raise UserError(
+            f"{directory}: no such directory; give a directory with config.json and *.safetensors, or a hub id"
+        )
     index_path = directory / INDEX_NAME
     if not index_path.exists():
         if not (directory / SINGLE_NAME).exists():

@@ -66,7 +66,9 @@ def read_full(fd: int, into: memoryview, offset: int) -> None:
     while done < len(into):
         n = os.preadv(fd, [into[done:]], offset + done)
         if n == 0:
-            raise UserError(f"{_path(fd)}: ends at byte {offset + done}, {len(into) - done} bytes early: truncated while in use?")
+            raise UserError(
+                f"{_path(fd)}: ends at byte {offset + done}, {len(into) - done} bytes early: truncated while in use?"
+            )
         done += n
 
 
@@ -88,7 +90,9 @@ def write_full(fd: int, data: memoryview | bytes, offset: int) -> None:
         while done < len(view):
             done += os.pwrite(fd, view[done:], offset + done)
     except OSError as error:
-        raise UserError(f"{_path(fd)}: {error.strerror} after {offset + done} bytes; free some space, or choose another target") from None
+        raise UserError(
+            f"{_path(fd)}: {error.strerror} after {offset + done} bytes; free some space, or choose another target"
+        ) from None
 
 
 def _path(fd: int) -> str:
@@ -99,7 +103,12 @@ Moved = Callable[[int], None]
 
 
 def copy_range(
-    source: int, source_offset: int, target: int, target_offset: int, nbytes: int, moved: Moved,
+    source: int,
+    source_offset: int,
+    target: int,
+    target_offset: int,
+    nbytes: int,
+    moved: Moved,
     cast: Cast | None = None,
 ) -> None:
     """Copy a contiguous range. ``moved`` is told the source bytes of every block."""
@@ -111,8 +120,16 @@ def copy_range(
 
 
 def gather_columns(
-    source: int, source_offset: int, row_bytes: int, first: int, stop: int, rows: int, target: int, target_offset: int,
-    moved: Moved, cast: Cast | None = None,
+    source: int,
+    source_offset: int,
+    row_bytes: int,
+    first: int,
+    stop: int,
+    rows: int,
+    target: int,
+    target_offset: int,
+    moved: Moved,
+    cast: Cast | None = None,
 ) -> None:
     """Bytes ``[first, stop)`` of each of ``rows`` rows, packed one after another at ``target_offset``.
 
@@ -131,7 +148,12 @@ def gather_columns(
 
 
 def join_columns(
-    parts: list[tuple[int, int, int, int]], row_bytes: int, rows: int, target: int, target_offset: int, moved: Moved,
+    parts: list[tuple[int, int, int, int]],
+    row_bytes: int,
+    rows: int,
+    target: int,
+    target_offset: int,
+    moved: Moved,
     cast: Cast | None = None,
 ) -> None:
     """Whole rows from blocks of columns: each part is ``(fd, offset, first, stop)`` with ``[first, stop)`` its place

@@ -31,7 +31,9 @@ def wait(ranks, seconds=60):
 
 def when_staged(target, ranks):
     """Return the moment that the job has begun to write."""
-    while not list(target.parent.glob(f".{target.name}.partial-*/*.safetensors")) and all(r.poll() is None for r in ranks):
+    while not list(target.parent.glob(f".{target.name}.partial-*/*.safetensors")) and all(
+        r.poll() is None for r in ranks
+    ):
         pass
     assert all(r.poll() is None for r in ranks)
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.layout import ParallelLayout
 from mimo_jobs.modeling.build import build
 from mimo_jobs.modeling.forward import forward_logits, mrope_position_ids
-
 from tests.gloo.batches import SAME_SIZE, VARIED, Batch, hf_logits, image_batch, text_batch, tiny
 from tests.gloo.processes import run_ranks
 from tests.gloo.reference_weights import load_reference
@@ -20,14 +20,17 @@ TOLERANCE = 5e-5  # measured 2e-5 at a scale of 4
 # name: world size, language, images, model sizes, image sizes, sequence parallel
 SCENARIOS: dict[str, tuple[int, Layout, Layout, dict[str, Any], tuple, bool]] = {
     "one rank": (1, Layout(), Layout(), {}, VARIED, False),
-    "colocated tp2, tied, vocabulary not divisible": (2, Layout(tp=2), Layout(tp=2), dict(tied=True, vocab_size=321), VARIED, False),
+    "colocated tp2, tied, vocabulary not divisible": (
+        2, Layout(tp=2), Layout(tp=2), dict(tied=True, vocab_size=321), VARIED, False,
+    ),
     "colocated tp2 with sequence parallel, images dp2": (2, Layout(tp=2), Layout(dp=2), {}, SAME_SIZE, True),
     # Colocated with different dp: megatron-core hands on equal numbers of tokens a row.
     "colocated dp2, images tp2": (2, Layout(dp=2), Layout(tp=2), {}, SAME_SIZE, False),
     "uneven pp2, 5 layers": (3, Layout(pp=2), Layout(rank_offset=2), dict(layers=5, vocab_size=321), VARIED, False),
     "uneven pp3, tied": (4, Layout(pp=3), Layout(rank_offset=3), dict(layers=5, tied=True), VARIED, False),
     "disjoint tp2 with sequence parallel, images tp2 first, more ranks than kv groups": (
-        4, Layout(tp=2, rank_offset=2), Layout(tp=2, rank_offset=0), dict(kv_heads=1, values_per_key=1, vocab_size=321), VARIED, True,
+        4, Layout(tp=2, rank_offset=2), Layout(tp=2, rank_offset=0),
+        dict(kv_heads=1, values_per_key=1, vocab_size=321), VARIED, True,
     ),
     "disjoint, images to dp2": (3, Layout(dp=2), Layout(rank_offset=2), dict(values_per_key=3), VARIED, False),
 }  # fmt: skip
@@ -41,7 +44,9 @@ def test_logits_equal_transformers(name: str) -> None:
     with torch.no_grad():
         expected = [hf_logits(model, batch) for batch in batches]
     layout = ParallelLayout(language, images, world_size)
-    results = run_ranks(world_size, _differences, config, model.state_dict(), layout, sequence_parallel, batches, expected)
+    results = run_ranks(
+        world_size, _differences, config, model.state_dict(), layout, sequence_parallel, batches, expected
+    )
     differences = [found for found in results if found is not None]
     last_stage = world_size // language.pp if layout.resolve().colocated else language.tp * (language.dp or 1)
     assert len(differences) == last_stage

@@ -9,18 +9,21 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
 from mimo_jobs.layout import LANGUAGE, ParallelLayout
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.modeling.build import ENCODER, IMAGES, build
 from mimo_jobs.modeling.forward import mrope_position_ids
-
 from tests.gloo.batches import VARIED, Batch, hf_logits, image_batch, tiny
 from tests.gloo.processes import run_ranks
 from tests.gloo.reference_weights import live_parameters, load_reference, reference_parameters
 
 pytestmark = pytest.mark.gloo
 
-TOLERANCE = 1e-4  # transformers in fp32 is up to 5e-5 off its own fp64 (A_log), 1.5e-5 elsewhere
+TOLERANCE = 5e-5  # measured 1.5e-5, against transformers in fp64
+# Sums with heavy cancellation. Over four seeds, A_log of transformers in fp32 is 1e-6 to 6e-5 off its own fp64, ours
+# 3e-6 to 1.3e-4, at tp=1 as at tp=2.
+CANCELLING, CANCELLING_TOLERANCE = ("A_log", "dt_bias"), 3e-4
 
 
 @pytest.mark.parametrize(
@@ -39,7 +42,8 @@ def test_gradients_equal_transformers(sequence_parallel: bool, sizes: dict[str, 
     for name in results[0][0]:
         error, norm = (sum(squares[name][i] for squares, _ in results) ** 0.5 for i in (0, 1))
         relative[name] = error / norm
-    assert {name: error for name, error in relative.items() if not error < TOLERANCE} == {}
+    bounds = {n: CANCELLING_TOLERANCE if n.endswith(CANCELLING) else TOLERANCE for n in relative}
+    assert {name: error for name, error in relative.items() if not error < bounds[name]} == {}
     assert any("out_norm" in name for name in relative) and any("q_layernorm" in name for name in relative)
 
 
@@ -70,7 +74,9 @@ def _errors(
     load_reference(built, weights)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
     model, groups, configs = built.model, built.groups, built.configs
-    model.language_model = language = DistributedDataParallel(configs[LANGUAGE], ddp, model.language_model, pg_collection=groups[LANGUAGE])
+    model.language_model = language = DistributedDataParallel(
+        configs[LANGUAGE], ddp, model.language_model, pg_collection=groups[LANGUAGE]
+    )
     model.modality_submodules[IMAGES] = images = DistributedDataParallel(
         configs[IMAGES], ddp, model.modality_submodules[IMAGES], pg_collection=groups[IMAGES]
     )

@@ -183,7 +183,7 @@ def test_a_dry_run_shows_recipe_ranks_plan_and_command(checkpoint, tmp_path):
     assert time.monotonic() - started < 6  # 0.8 s on a quiet machine
     assert done.returncode == 0, done.stderr
     for words in (
-        "layout.images.rank_offset  2",
+        "layout.images.rank_offset    2",
         "language   0-1    0       2   1   1",
         "[L0] [L1] [I2] [ - ]",
         "5 of 8 GPUs idle",
@@ -192,7 +192,7 @@ def test_a_dry_run_shows_recipe_ranks_plan_and_command(checkpoint, tmp_path):
         "--nproc-per-node 3",
         "mimo_jobs.worker",
     ):
-        assert words in done.stdout, done.stdout
+        assert words in done.stdout
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
 
 

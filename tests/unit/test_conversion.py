@@ -55,7 +55,9 @@ def random_config(rng: random.Random) -> dict:
 def test_other_sizes_shard_counts_and_layouts(tmp_path, seed):
     rng = random.Random(seed)
     config = random_config(rng)
-    source = make_hf(tmp_path / "hf", config, shards=rng.randint(1, 6), seed=seed, mtp=rng.random() < 0.7, single=rng.random() < 0.2)
+    source = make_hf(
+        tmp_path / "hf", config, shards=rng.randint(1, 6), seed=seed, mtp=rng.random() < 0.7, single=rng.random() < 0.2
+    )
 
     def layout():
         language = {"tp": rng.choice([1, 2]), "pp": rng.randint(1, min(3, config["text_config"]["num_hidden_layers"]))}
@@ -90,8 +92,22 @@ def test_a_tied_head_that_is_in_the_files_comes_back_and_must_be_the_embedding(t
 def test_mtp_can_be_dropped_and_is_reported(tmp_path, when):
     source = make_hf(tmp_path / "hf")
     drop = {"mtp": "drop"}
-    first = convert(tmp_path / "r1", "import", APART, model=str(source), target=str(tmp_path / "m"), **(drop if when == "import" else {}))
-    second = convert(tmp_path / "r2", "export", APART, source=str(tmp_path / "m"), target=str(tmp_path / "o"), **(drop if when == "export" else {}))
+    first = convert(
+        tmp_path / "r1",
+        "import",
+        APART,
+        model=str(source),
+        target=str(tmp_path / "m"),
+        **(drop if when == "import" else {}),
+    )
+    second = convert(
+        tmp_path / "r2",
+        "export",
+        APART,
+        source=str(tmp_path / "m"),
+        target=str(tmp_path / "o"),
+        **(drop if when == "export" else {}),
+    )
     assert first["dropped"] == (3 if when == "import" else 0) and second["dropped"] == (3 if when == "export" else 0)
     certificate = verify_hf(source, tmp_path / "o")
     assert certificate["only_left"] == ["mtp.fc.weight", "mtp.norm.weight", "mtp.step"] and not certificate["different"]
@@ -107,8 +123,22 @@ def test_an_explicit_dtype_casts_as_torch_does_and_says_so(tmp_path, when):
 
     source = make_hf(tmp_path / "hf", single=True)
     cast = {"dtype": "float32"}
-    convert(tmp_path / "r1", "import", APART, model=str(source), target=str(tmp_path / "m"), **(cast if when == "import" else {}))
-    convert(tmp_path / "r2", "export", STAGES, source=str(tmp_path / "m"), target=str(tmp_path / "o"), **(cast if when == "export" else {}))
+    convert(
+        tmp_path / "r1",
+        "import",
+        APART,
+        model=str(source),
+        target=str(tmp_path / "m"),
+        **(cast if when == "import" else {}),
+    )
+    convert(
+        tmp_path / "r2",
+        "export",
+        STAGES,
+        source=str(tmp_path / "m"),
+        target=str(tmp_path / "o"),
+        **(cast if when == "export" else {}),
+    )
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "o/model.safetensors")
     assert list(open_hf(source).tensors) == list(open_hf(tmp_path / "o").tensors)
     for name, tensor in before.items():
@@ -133,7 +163,9 @@ def test_casting_down_rounds_to_nearest_even(tmp_path):
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "o/model.safetensors")
     for name, tensor in before.items():
         if tensor.is_floating_point():
-            assert torch.equal(torch.nan_to_num(after[name], nan=7.0), torch.nan_to_num(tensor.bfloat16(), nan=7.0)), name
+            assert torch.equal(torch.nan_to_num(after[name], nan=7.0), torch.nan_to_num(tensor.bfloat16(), nan=7.0)), (
+                name
+            )
 
 
 def test_overwrite_replaces_only_when_asked(tmp_path):
@@ -165,8 +197,14 @@ def test_a_flipped_bit_in_the_checkpoint_is_found_and_nothing_is_published(tmp_p
     [
         (lambda m: (m / "mimo.json").unlink(), "has no mimo.json: not a finished MIMO checkpoint"),
         (lambda m: (m / "__0_0.distcp").unlink(), "__0_0.distcp: is missing"),
-        (lambda m: (m / "__0_0.distcp").write_bytes((m / "__0_0.distcp").read_bytes()[:-9]), "the checkpoint is damaged"),
-        (lambda m: (m / ".metadata").write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."), "refers to os.system"),
+        (
+            lambda m: (m / "__0_0.distcp").write_bytes((m / "__0_0.distcp").read_bytes()[:-9]),
+            "the checkpoint is damaged",
+        ),
+        (
+            lambda m: (m / ".metadata").write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."),
+            "refers to os.system",
+        ),
         (lambda m: (m / ".metadata").write_bytes(b"junk"), ".metadata: damaged"),
         (lambda m: (m / ".metadata").unlink(), "not a torch_dist checkpoint"),
         (lambda m: [p.unlink() for p in (m / "hf/headers").iterdir()], "holds no shard header"),
@@ -189,4 +227,10 @@ def test_wrong_choices_are_usage_errors(tmp_path):
         with pytest.raises(UserError, match=said):
             convert(tmp_path / "r", "import", ONE, model=str(source), target=str(tmp_path / "m"), **arguments)
     with pytest.raises(UsageError, match="divide num_key_value_heads"):
-        convert(tmp_path / "r", "import", {"language": {"tp": 4}, "images": {}}, model=str(source), target=str(tmp_path / "m"))
+        convert(
+            tmp_path / "r",
+            "import",
+            {"language": {"tp": 4}, "images": {}},
+            model=str(source),
+            target=str(tmp_path / "m"),
+        )

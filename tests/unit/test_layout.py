@@ -63,7 +63,12 @@ small = st.builds(
     C, tp=st.sampled_from([1, 2, 3, 4]), pp=st.sampled_from([1, 2]), dp=st.sampled_from([None, None, 1, 2, 3]),
     rank_offset=st.sampled_from([None, None, None, 0, 1, 2, 4]),
 )  # fmt: skip
-encoder = st.builds(C, tp=st.sampled_from([1, 2, 4]), dp=st.sampled_from([None, 1, 2, 3]), rank_offset=st.sampled_from([None, None, 0, 1, 2, 4]))
+encoder = st.builds(
+    C,
+    tp=st.sampled_from([1, 2, 4]),
+    dp=st.sampled_from([None, 1, 2, 3]),
+    rank_offset=st.sampled_from([None, None, 0, 1, 2, 4]),
+)
 
 
 @settings(max_examples=600, deadline=None)

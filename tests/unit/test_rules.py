@@ -66,7 +66,10 @@ def test_every_rule_is_a_permutation_of_rows(size, tp):
     weight_map = qwen35_vl.weight_map(config_of(*PUBLISHED[size]))
     layout = ParallelLayout(language=C(tp=tp), images=C(tp=tp)).resolve()
     all_segments = [segments(r) for r in weight_map.rules]
-    seen = [{h: np.zeros((t.rows, t.row_elements if t.row_elements < 8 else 8), int) for h, t in enumerate(r.hf)} for r in weight_map.rules]
+    seen = [
+        {h: np.zeros((t.rows, t.row_elements if t.row_elements < 8 else 8), int) for h, t in enumerate(r.hf)}
+        for r in weight_map.rules
+    ]
     for box in plan.boxes(weight_map, layout):
         rule = weight_map.rules[box.rule]
         tensor = rule.stored[box.stored]
@@ -158,7 +161,9 @@ def test_keys_that_do_not_match_are_named(change, said):
 )
 def test_layouts_a_model_does_not_allow_are_named(language, images, said):
     with pytest.raises(UsageError, match=said.replace(".", r"\.")):
-        plan.check_layout(qwen35_vl.weight_map(GOLDEN["config"]), ParallelLayout(language=language, images=images).resolve())
+        plan.check_layout(
+            qwen35_vl.weight_map(GOLDEN["config"]), ParallelLayout(language=language, images=images).resolve()
+        )
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def test_a_directory_that_is_not_there_is_named(tmp_path):
 
 
 def test_duplicate_names_are_refused(tmp_path):
-    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    header = (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    )
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"z")
     with pytest.raises(UserError, match="'a' is listed twice"):
         read_shard(tmp_path / "x.safetensors")

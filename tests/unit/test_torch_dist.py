@@ -72,7 +72,9 @@ def write(directory, tensors):
             raw = bytes(part.contiguous().view(-1).view(torch.uint8).numpy())
             at, item = len(blob), prefix + raw + suffix
             blob += item
-            made.chunks.append(td.Chunk((row, *[0] * (tensor.ndim - 1)), tuple(part.shape), "__0_0.distcp", at, len(item)))
+            made.chunks.append(
+                td.Chunk((row, *[0] * (tensor.ndim - 1)), tuple(part.shape), "__0_0.distcp", at, len(item))
+            )
         stored.append(made)
     common = td.common_archive()
     place = td.Chunk((), (), "__0_0.distcp", len(blob), len(common))
@@ -107,7 +109,9 @@ def test_our_metadata_equals_torchs_own(tmp_path):
 
 
 def test_we_read_what_torch_writes_and_drop_wrapper_levels(tmp_path):
-    dcp.save({"module.x.module.y": TENSORS["a.weight"], "n": {"step": 3}}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    dcp.save(
+        {"module.x.module.y": TENSORS["a.weight"], "n": {"step": 3}}, checkpoint_id=tmp_path / "theirs", no_dist=True
+    )
     found = td.read_metadata(tmp_path / "theirs")
     assert list(found) == ["x.y"] and found["x.y"].shape == (4, 3) and found["x.y"].dtype == "BF16"
     (chunk,) = found["x.y"].chunks
@@ -149,6 +153,9 @@ def test_missing_chunks_are_found(tmp_path):
         td.read_metadata(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("value", [None, True, False, 0, 255, 256, -1, 2**31, -(2**40), 2**70, "ä\n'", (), (1, "a"), [], [[1], {"k": (2,)}], {}])
+@pytest.mark.parametrize(
+    "value",
+    [None, True, False, 0, 255, 256, -1, 2**31, -(2**40), 2**70, "ä\n'", (), (1, "a"), [], [[1], {"k": (2,)}], {}],
+)
 def test_pickles_we_write_are_read_by_python(value):
     assert pickle.loads(ip.dumps(value)) == value
