@@ -9,19 +9,19 @@ import pickle
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.utils import unwrap_model
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mimo_jobs.errors import UserError
 from mimo_jobs.layout import LANGUAGE
-from mimo_jobs.modeling.build import IMAGES, BuiltModel
+from mimo_jobs.modeling.build import IMAGES, BuiltModel, unwrapped
 
 MODEL_PREFIXES = ("language_model.", f"modality_submodules.{IMAGES}.")
 
@@ -54,7 +54,7 @@ def model_tensors(built: BuiltModel) -> list[StoredPiece]:
             key=piece.key,
             global_shape=tuple(piece.global_shape),
             global_offset=tuple(piece.global_offset),
-            data=piece.data,
+            data=_data(piece),
             writes=_is_main_replica(piece),
             padded=bool(piece.allow_shape_mismatch),
         )
@@ -83,12 +83,12 @@ def load_model(built: BuiltModel, directory: Path) -> None:
     _check_against(directory, pieces, built.hf.text_config.vocab_size)
     for piece in pieces:
         if piece.allow_shape_mismatch:
-            piece.data.zero_()
+            _data(piece).zero_()
     named = _by_position(pieces)
-    loaded = dist_checkpointing.load(dict(named), str(directory))
+    loaded: Any = dist_checkpointing.load(dict(named), str(directory))
     for position, piece in named.items():
-        if loaded[position].data_ptr() != piece.data.data_ptr():
-            piece.data.copy_(loaded[position])
+        if loaded[position].data_ptr() != _data(piece).data_ptr():
+            _data(piece).copy_(loaded[position])
     dist.barrier()
 
 
@@ -99,13 +99,18 @@ def _sharded_pieces(built: BuiltModel) -> list[ShardedTensor]:
         metadata = {"dp_cp_group": built.groups[LANGUAGE].dp_cp}
         state |= built.language.sharded_state_dict(prefix=MODEL_PREFIXES[0], metadata=metadata)
     if IMAGES in built.groups:
-        images = unwrap_model(built.model.modality_submodules[IMAGES])
+        images = unwrapped(built.model.modality_submodules[IMAGES])
         state |= images.sharded_state_dict(prefix=MODEL_PREFIXES[1])
     apply_factories(state)
     pieces = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
     for piece in pieces:
-        piece.data = piece.data.detach()
+        piece.data = _data(piece).detach()
     return pieces
+
+
+def _data(piece: ShardedTensor) -> Tensor:
+    assert piece.data is not None, piece.key
+    return piece.data
 
 
 def _by_position(pieces: list[ShardedTensor]) -> dict[str, ShardedTensor]:

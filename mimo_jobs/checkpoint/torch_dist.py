@@ -256,9 +256,22 @@ def encode_metadata(tensors: Iterable[StoredTensor], objects: Mapping[str, Chunk
     )  # fmt: skip
 
 
+_PACKAGES = (
+    "torch.distributed.checkpoint.",
+    "torch.distributed._shard.",
+    "megatron.core.dist_checkpointing.",
+    "nvidia_resiliency_ext.",
+    "pathlib",
+)
+_NAMES = {
+    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+    ("collections", "defaultdict"), *(("torch", name) for name in FROM_TORCH),
+}  # fmt: skip
+
+
 def _metadata_name(module: str, name: str) -> bool:
-    """megatron-core also stores its save plan, so any class of these packages may be named."""
-    return module.split(".")[0] in {"torch", "megatron", "collections", "pathlib", "nvidia_resiliency_ext"}
+    """Names that a ``.metadata`` has; megatron-core also stores its save plan."""
+    return (module, name) in _NAMES or f"{module}.".startswith(_PACKAGES)
 
 
 def read_metadata(directory: Path) -> dict[str, StoredTensor]:

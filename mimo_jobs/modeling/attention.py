@@ -18,6 +18,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -110,8 +111,9 @@ class GatedSelfAttention(SelfAttention):
         """
         assert output_gate and split_qkv and key_value_states is None
         tp, groups = self.pg_collection.tp, self.config.num_query_groups
+        assert groups is not None
         head_dim, heads_per_group = self.hidden_size_per_attention_head, self.config.num_attention_heads // groups
-        mixed, _ = self.linear_qkv(hidden_states)
+        mixed, _ = apply_module(self.linear_qkv)(hidden_states)
         ranks_per_group = max(1, tp.size() // groups)
         if ranks_per_group > 1:  # a group's rows are spread over ranks: gather all, keep the own group
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=tp)
@@ -123,7 +125,9 @@ class GatedSelfAttention(SelfAttention):
             own = tp.rank() % ranks_per_group
             query, gate = (t.chunk(ranks_per_group, 3)[own] for t in (query, gate))
         query, gate = query.flatten(2, 3), gate.flatten(2, 3)
-        return self.q_layernorm(query), self.k_layernorm(key), value, gate
+        q_layernorm: Any = self.q_layernorm
+        k_layernorm: Any = self.k_layernorm
+        return q_layernorm(query), k_layernorm(key), value, gate
 
 
 def uses_flash_linear_attention(dtype: torch.dtype) -> bool:
@@ -144,7 +148,7 @@ class GatedDeltaNet(McoreGatedDeltaNet):
         with _without_fla_guard():
             super().__init__(config, *args, use_qk_l2norm=not config.deterministic_mode, **kwargs)
         if config.deterministic_mode:
-            self.gated_delta_rule = _torch_gated_delta_rule
+            self.gated_delta_rule: Any = _torch_gated_delta_rule
         self.out_norm.tp_group = self.tp_group
 
     def _compute_g_and_beta(  # pyright: ignore[reportIncompatibleMethodOverride]

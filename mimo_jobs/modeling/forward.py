@@ -24,7 +24,7 @@ def mrope_position_ids(hf: PreTrainedConfig, input_ids: Tensor, image_grid_thw: 
     Returns:
         int64 (3, batch, seq).
     """
-    model_class = MODEL_MAPPING[type(hf)]
+    model_class: Any = MODEL_MAPPING[type(hf)]
     bare = model_class.__new__(model_class)  # get_rope_index reads nothing but the config
     bare.__dict__["config"] = hf
     is_image = (input_ids == hf.image_token_id).int()
@@ -98,7 +98,8 @@ def _pipelined(built: BuiltModel, inputs: dict[str, Any]) -> Tensor | None:
         return model(**inputs)[0], lambda output, non_loss_data: output
 
     batch, seq = inputs["input_ids"].shape
-    collected = forward_backward_pipelining_without_interleaving(
+    schedule: Any = forward_backward_pipelining_without_interleaving  # annotated for single-module models
+    collected = schedule(
         forward_step_func=step,
         data_iterator=None,
         model=[built.model],

@@ -23,6 +23,8 @@ from mimo_jobs.modeling.attention import GatedDeltaNet, GatedSelfAttention, Scal
 from mimo_jobs.modeling.norms import GatedDeltaOutNorm, RMSNorm, parameter_device
 from mimo_jobs.modeling.rope import InterleavedMRope
 
+_BIAS_DROPOUT_ADD: Any = get_bias_dropout_add  # megatron-core annotates specs only
+
 
 class LanguageModel(GPTModel):
     """``GPTModel`` with the interleaved multimodal rotary embedding of Qwen3.5.
@@ -102,10 +104,10 @@ def _layer_spec(kind: str) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention={"full_attention": _gated_attention, "linear_attention": _gated_delta_net}[kind](),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_BIAS_DROPOUT_ADD,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_BIAS_DROPOUT_ADD,
         ),
     )
 

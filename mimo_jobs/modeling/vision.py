@@ -3,6 +3,8 @@
 Reference: ``Qwen3_5VisionModel`` in transformers. The position helpers are transformers' own.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -25,6 +27,8 @@ from mimo_jobs.modeling.attention import ScaledDotProductAttention
 from mimo_jobs.modeling.norms import LayerNorm, parameter_device
 from mimo_jobs.modeling.rope import VisionRope
 
+_BIAS_DROPOUT_ADD: Any = get_bias_dropout_add  # megatron-core annotates specs only
+
 
 class VisionTower(MegatronModule):
     """Patches to image tokens of the decoder's width."""
@@ -33,7 +37,7 @@ class VisionTower(MegatronModule):
         super().__init__(config=config)
         self.vision = vision
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
-        placed = dict(dtype=config.params_dtype, device=parameter_device(config))
+        placed: dict[str, Any] = dict(dtype=config.params_dtype, device=parameter_device(config))
         # HF's Conv3d has stride == kernel: a linear map of the flattened patch.
         patch_features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         self.patch_embed = nn.Linear(patch_features, vision.hidden_size, **placed)
@@ -86,7 +90,9 @@ class PatchMerger(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         self.merged_size = vision.hidden_size * vision.spatial_merge_size**2
-        shared = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False, tp_group=tp_group)
+        shared: dict[str, Any] = dict(
+            config=config, init_method=config.init_method, bias=True, skip_bias_add=False, tp_group=tp_group
+        )
         self.norm = LayerNorm(config, vision.hidden_size, config.layernorm_epsilon)
         self.linear_fc1 = ColumnParallelLinear(self.merged_size, self.merged_size, gather_output=False, **shared)
         self.linear_fc2 = RowParallelLinear(self.merged_size, vision.out_hidden_size, input_is_parallel=True, **shared)
@@ -124,9 +130,9 @@ def _layer_spec() -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_BIAS_DROPOUT_ADD,
             pre_mlp_layernorm=LayerNorm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_BIAS_DROPOUT_ADD,
         ),
     )

@@ -5,6 +5,7 @@ calls `build_grids` with the same layout, also for components that it is not in.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -75,7 +76,7 @@ def _collect(
     grid: HyperCommGrid, embd: dist.ProcessGroup | None, pos_embd: dist.ProcessGroup | None
 ) -> ProcessGroupCollection:
     """Groups under the names megatron-core looks for."""
-    groups = ProcessGroupCollection()
+    groups: Any = ProcessGroupCollection()  # its fields are not annotated as optional
     for dim in _DIMS:
         setattr(groups, dim, grid.get_pg(dim))
     groups.dp_cp = groups.intra_dp_cp = grid.get_pg(["dp", "cp"])

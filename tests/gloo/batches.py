@@ -44,7 +44,7 @@ def image_batch(config: dict[str, Any], grids: tuple[tuple[int, int, int], ...],
     return Batch(ids, torch.randn(int(grid_thw.prod(-1).sum()), features, generator=generator), grid_thw)
 
 
-def hf_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
+def hf_logits(model: Any, batch: Batch) -> Tensor:
     """(batch, seq, vocab) of transformers."""
     if batch.pixel_values is None:
         return model(input_ids=batch.input_ids).logits

@@ -79,8 +79,9 @@ def _language(built: BuiltModel, hf: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found["decoder.final_layernorm.weight"] = hf[_LANGUAGE + "norm.weight"]
         if not (tied and model.pre_process):
             found["output_layer.weight"] = cut.vocabulary(embedding if tied else hf["lm_head.weight"])
-    for local, layer in enumerate(model.decoder.layers):
-        number = layer.layer_number - 1
+    first = model.decoder.layers[0].layer_number - 1
+    for local in range(len(model.decoder.layers)):
+        number = first + local
         source = {n.removeprefix(p): t for n, t in hf.items() if n.startswith(p := f"{_LANGUAGE}layers.{number}.")}
         mixer = _full_attention if text.layer_types[number] == "full_attention" else _gated_delta_net
         mapped = {
