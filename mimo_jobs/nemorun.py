@@ -24,8 +24,9 @@ def _function(name: str) -> Callable[..., None]:
     def recipe(**arguments: Any) -> None:
         from mimo_jobs import cli
 
-        values = {path: value for path, value in overrides.flat(arguments).items() if value is not None}
-        code = cli.guarded(lambda: cli.run_recipe(name, values, executor="local"))
+        given = {path: str(value) for path, value in overrides.flat(arguments).items() if value is not None}
+        fields = overrides.recipe_fields(name)
+        code = cli.guarded(lambda: cli.run_recipe(name, overrides.parse(given, fields), executor="local"))
         if code:
             sys.exit(code)
 

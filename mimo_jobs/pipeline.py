@@ -7,6 +7,7 @@ queued together, it will be dependencies (``Step.needs`` is simply the step befo
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from launchers.base import Job, make_record, outcome
 from mimo_jobs import jobs, overrides, paths
 from mimo_jobs.console import Steps, size
-from mimo_jobs.errors import UserError
+from mimo_jobs.errors import JobFailed, UserError
 from mimo_jobs.layout import ParallelLayout, ResolvedLayout
 
 SCHEMA = 1
@@ -152,7 +153,15 @@ def _run_here(step: Step, watch: Any) -> dict[str, Any]:
     def progress(done: int, total: int) -> None:
         watch({"phase": "compare", "done": done, "total": total})
 
-    return verify_hf(step.arguments["left"], step.arguments["right"], progress=progress)
+    left, right = step.arguments["left"], step.arguments["right"]
+    certificate = verify_hf(left, right, progress=progress)
+    if not certificate["equal"]:
+        names = [*certificate["different"], *certificate["only_left"], *certificate["only_right"]]
+        raise JobFailed(
+            f"{step.name}: {len(names)} tensors differ, the first is {names[0]}\n"
+            f"  nemo-run verify {shlex.quote(left)} {shlex.quote(right)} shows them"
+        )
+    return certificate
 
 
 def told(step: Step, summary: Mapping[str, Any]) -> str:

@@ -38,10 +38,14 @@ def main(argv: list[str] | None = None) -> int:
 
         with World.from_env(record=record, run_id=job["run_id"]) as world:
             if world.size != job["world_size"]:
-                raise UsageError(f"{arguments[0]} is for {job['world_size']} ranks, started with {world.size}")
+                raise UsageError(
+                    f"{arguments[0]} is for {job['world_size']} ranks, started with {world.size}: start it with "
+                    f"torchrun --nproc-per-node {job['world_size']} -m mimo_jobs.worker, or set RANK and WORLD_SIZE"
+                )
             summary = job["function"](**job["arguments"], world=world)
         if world.rank == 0:
             write_result(record, {"status": "ok", "summary": summary})
+            print(json.dumps(summary, default=str))
         return 0
     except UserError as error:
         return _failed(record, world, str(error), error.exit_code)

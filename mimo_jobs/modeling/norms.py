@@ -5,6 +5,7 @@ Weights keep the value that Hugging Face stores: subtracting one from a bf16 num
 """
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -58,7 +59,12 @@ class GatedDeltaOutNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` built from a config (vision tower)."""
+    """``nn.LayerNorm`` built from a config (vision tower); computes in the widest dtype of its parameters."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=parameter_device(config))
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, self.bias.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)

@@ -213,6 +213,16 @@ def test_a_chain_stops_at_the_first_failure_with_its_exit_code(tmp_path):
     assert [s["state"] for s in record["steps"]] == ["done", "failed", "waiting"]
 
 
+def test_a_chain_whose_checkpoints_differ_fails(monkeypatch):
+    import mimo_jobs.conversion.verify as module
+    from mimo_jobs.errors import JobFailed
+
+    found = {"equal": False, "different": {"a.weight": {}}, "only_left": [], "only_right": ["b"]}
+    monkeypatch.setattr(module, "verify_hf", lambda *_, **__: found)
+    with pytest.raises(JobFailed, match=r"2 tensors differ, the first is a\.weight\n  nemo-run verify '/l 1' /r"):
+        pipeline._run_here(pipeline.Step("verify", "verify", {"left": "/l 1", "right": "/r"}), lambda progress: None)
+
+
 def test_a_job_without_a_result_failed_and_says_how_its_rank_died(tmp_path):
     from launchers.base import Job, outcome
 
