@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from mimo_jobs.families import family_of  # noqa: E402
-from mimo_jobs.families.spec import Cut  # noqa: E402
-from mimo_jobs.weights.safetensors_io import open_hf  # noqa: E402
+from mimo_jobs.families import family_of
+from mimo_jobs.families.spec import Cut
+from mimo_jobs.weights.safetensors_io import open_hf
 
 
 def main(source: str, target: str) -> None:

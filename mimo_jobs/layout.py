@@ -165,6 +165,24 @@ def check_divides(name: str, field: str, size: int, what: str, value: int) -> No
         )
 
 
+def check_batch(layout: ResolvedLayout, global_batch_size: int, micro_batch_size: int) -> None:
+    """Every component's dp must divide the global batch into whole micro-batches, and each micro-batch's samples.
+
+    Raises:
+        UsageError: naming the component and the batch sizes that fit.
+    """
+    _check_int("micro_batch_size", micro_batch_size, 1)
+    _check_int("global_batch_size", global_batch_size, 1)
+    for c in layout.components.values():
+        step = micro_batch_size * c.dp
+        if global_batch_size % step:
+            near = max(1, round(global_batch_size / step)) * step
+            raise UsageError(
+                f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size} times "
+                f"layout.{c.name}.dp={c.dp}; set global_batch_size={near}"
+            )
+
+
 def _check_int(field: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{field}={value!r}: expected an integer of at least {least}")

@@ -5,7 +5,6 @@ A checkpoint stores *pieces*: named blocks of global tensors. Their keys are tho
 memory. Fused tensors are stored by meaning: ``in_proj.weight.query``, or the two halves of ``mlp.linear_fc1``.
 """
 
-import pickle
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.errors import UserError
 from mimo_jobs.layout import LANGUAGE
 from mimo_jobs.modeling.build import IMAGES, BuiltModel, unwrapped
@@ -124,19 +122,13 @@ def _is_main_replica(piece: ShardedTensor) -> bool:
 
 
 def _stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's tensors in a checkpoint, without its ``_extra_state`` objects.
+    """Shapes of the model's tensors in a checkpoint.
 
-    Not by ``dist_checkpointing.load_tensors_metadata``, which fails on torch 2.15's ``TensorProperties.strides``.
+    Read as data: a ``.metadata`` that names anything but checkpoint classes is refused here, before megatron-core's own
+    loader unpickles it. (``dist_checkpointing.load_tensors_metadata`` also fails on torch 2.15.)
     """
-    try:
-        metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
-    except (OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{directory}: not a readable torch_dist checkpoint: {error}") from error
-    return {
-        key: tuple(entry.size)
-        for key, entry in metadata.items()
-        if key.startswith(MODEL_PREFIXES) and isinstance(entry, TensorStorageMetadata)
-    }
+    stored = torch_dist.read_metadata(directory)
+    return {key: tensor.shape for key, tensor in stored.items() if key.startswith(MODEL_PREFIXES)}
 
 
 def _check_against(directory: Path, pieces: list[ShardedTensor], vocab_size: int) -> None:

@@ -120,5 +120,7 @@ def as_layout(value: ParallelLayout | Mapping | None) -> ParallelLayout:
         return ParallelLayout()
     if isinstance(value, ParallelLayout):
         return value
-    components = {n: v if isinstance(v, ComponentLayout) else ComponentLayout(**v) for n, v in value.items() if n != "world_size"}
+    components = {
+        n: v if isinstance(v, ComponentLayout) else ComponentLayout(**v) for n, v in value.items() if n != "world_size"
+    }
     return ParallelLayout(**components, world_size=value.get("world_size"))

@@ -287,7 +287,7 @@ def weight_map(config: Mapping) -> WeightMap:
         num_layers=d["layers"],
         divisors={
             "language": (
-                ("num_attention_heads", d["heads"]), ("num_key_value_heads", d["kv_heads"]),
+                ("num_attention_heads", d["heads"]),
                 ("linear_num_key_heads", d["gdn_key_heads"]), ("linear_num_value_heads", d["gdn_value_heads"]),
                 ("intermediate_size", d["ffn"]),
             ),
@@ -296,6 +296,7 @@ def weight_map(config: Mapping) -> WeightMap:
                 ("merged hidden size", d["v_merged"]),
             ),
         },
+        groups={"language": ("num_key_value_heads", d["kv_heads"])},
     )  # fmt: skip
 
 

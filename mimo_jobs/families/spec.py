@@ -117,6 +117,7 @@ class WeightMap:
         passed_through: prefixes of HF names that are carried through the checkpoint untouched.
         num_layers: layers of the language model (for pipeline stages).
         divisors: per component, (what, value) that its tp must divide.
+        groups: per component, (what, value) that tp divides or is a multiple of (KV heads, shared by ranks beyond).
     """
 
     rules: tuple[BoundRule, ...]
@@ -124,6 +125,7 @@ class WeightMap:
     passed_through: tuple[str, ...]
     num_layers: int
     divisors: Mapping[str, tuple[tuple[str, int], ...]]
+    groups: Mapping[str, tuple[str, int]]
 
 
 @dataclass(frozen=True)

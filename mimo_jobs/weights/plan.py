@@ -114,8 +114,16 @@ def _check_header(tensor: BoundTensor, header: Header, where: str) -> None:
 def check_layout(weight_map: WeightMap, layout: ResolvedLayout) -> None:
     """The layout against the model: TP divides heads, KV heads, FFN; no pipeline stage is empty. Raises `UsageError`."""
     for name, component in layout.components.items():
+        tp = component.tp
         for what, value in weight_map.divisors.get(name, ()):
-            check_divides(name, "tp", component.tp, what, value)
+            check_divides(name, "tp", tp, what, value)
+        what, value = weight_map.groups.get(name, ("", tp))
+        if value % tp and tp % value:
+            check_divides(name, "tp", tp, what, value)
+        for rule in weight_map.rules:
+            for tensor in rule.stored if rule.component == name else ():
+                cut = {Cut.ROWS: tensor.rows, Cut.COLUMNS: tensor.row_elements, Cut.GATED_ROWS: tensor.rows // 2}
+                check_divides(name, "tp", tp, f"the width of {tensor.name}", cut.get(tensor.cut, tp))
     language = layout.components["language"]
     if language.cp > 1:
         for what, value in weight_map.divisors["language"]:

@@ -62,7 +62,16 @@ def test_the_model_gets_the_bits_that_an_independent_mapping_gives(tmp_path: Pat
     convert(tmp_path / "r", "import", plain(other), model=str(source), target=str(tmp_path / "mimo"))
     layout = LAYOUTS[name]
     for way in ("fill", "load"):
-        run_ranks(layout.resolve().world_size, _filled_equals_reference, config, weights, layout, way, source, tmp_path / "mimo")
+        run_ranks(
+            layout.resolve().world_size,
+            _filled_equals_reference,
+            config,
+            weights,
+            layout,
+            way,
+            source,
+            tmp_path / "mimo",
+        )
 
 
 def _filled_equals_reference(config, weights, layout, way, source: Path, mimo: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mimo_jobs.errors import UsageError
 from mimo_jobs.layout import ComponentLayout as C
-from mimo_jobs.layout import ParallelLayout, padded_vocab, resolve, stage_layers
+from mimo_jobs.layout import ParallelLayout, check_batch, padded_vocab, resolve, stage_layers
 
 
 def placed(world, **components):
@@ -123,3 +123,10 @@ def test_stages_are_contiguous_and_differ_by_one_layer_at_most(layers, pp):
 @pytest.mark.parametrize(("vocab", "tp", "padded"), [(320, 4, 320), (321, 2, 322), (248320, 3, 248322)])
 def test_vocabulary_is_padded_to_a_multiple_of_tp(vocab, tp, padded):
     assert padded_vocab(vocab, tp) == padded
+
+
+def test_batches_that_a_component_cannot_share_are_named():
+    layout = ParallelLayout(language=C(tp=2, dp=2), images=C(dp=4)).resolve()
+    check_batch(layout, 16, 2)
+    with pytest.raises(UsageError, match=r"global_batch_size=12 .* layout\.images\.dp=4; set global_batch_size=16"):
+        check_batch(layout, 12, 2)

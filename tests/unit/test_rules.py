@@ -153,8 +153,8 @@ def test_keys_that_do_not_match_are_named(change, said):
 @pytest.mark.parametrize(
     ("language", "images", "said"),
     [
-        (C(tp=3), C(), "layout.language.tp=3 does not divide num_key_value_heads=4"),
-        (C(tp=8), C(), "layout.language.tp=8 does not divide num_key_value_heads=4"),
+        (C(tp=3), C(), "layout.language.tp=3 does not divide linear_num_key_heads=16"),
+        (C(tp=16), C(), "layout.language.tp=16 does not divide num_attention_heads=24"),
         (C(), C(tp=3), "layout.images.tp=3 does not divide num_heads=16"),
         (C(pp=65), C(), "layout.language.pp=65 exceeds"),
     ],
@@ -184,6 +184,21 @@ def test_configs_that_are_not_supported_name_the_field(change, said):
     with pytest.raises(UserError) as error:
         family_of(config).weight_map(config)
     assert said in str(error.value)
+
+
+def test_more_tensor_ranks_than_kv_heads_are_allowed_when_they_share_evenly():
+    """The published 0.8B has 2 KV heads; TP 4 gives every rank half a group's rows, as megatron-core does."""
+    weight_map = qwen35_vl.weight_map(config_of(*PUBLISHED["0.8B"]))
+    layout = ParallelLayout(language=C(tp=4), images=C(tp=4)).resolve()
+    plan.check_layout(weight_map, layout)
+    area = Counter()
+    for box in plan.boxes(weight_map, layout):
+        area[box.rule, box.stored] += box.rows * box.columns
+    assert all(n == math.prod(weight_map.rules[r].stored[s].shape) for (r, s), n in area.items())
+    config = json.loads(json.dumps(GOLDEN["config"]))
+    config["text_config"].update(num_key_value_heads=6, linear_num_key_heads=24)
+    with pytest.raises(UsageError, match=r"layout\.language\.tp=4 does not divide num_key_value_heads=6"):
+        plan.check_layout(qwen35_vl.weight_map(config), ParallelLayout(language=C(tp=4), images=C(tp=1)).resolve())
 
 
 def test_tied_models_have_no_head_rule_but_an_alias():
