@@ -31,7 +31,7 @@ def main(source: str, target: str) -> None:
     parts = {}
     for file in hf.shards:
         with safe_open(str(Path(source) / file), "pt") as opened:
-            for name in opened.keys():
+            for name in hf.shards[file].tensors:
                 tensor = opened.get_tensor(name)
                 if name in whole or name.startswith("mtp.") or tensor.shape[0] % size:
                     parts[name] = (None, tensor.clone())

@@ -1,5 +1,6 @@
 """MIMO checkpoint -> Hugging Face: every rank writes its own rows in place into files sized from the plan."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -305,7 +306,7 @@ def _write_rows(
     hits = [c for c in stored.chunks if c.offsets[0] < stop and first < c.offsets[0] + c.sizes[0]]
     edges = {first, stop, *(e for c in hits for e in (c.offsets[0], c.offsets[0] + c.sizes[0]) if first < e < stop)}
     cuts = sorted(edges)
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         parts, covered = [], 0
         for chunk in hits:
             if not (chunk.offsets[0] <= a and b <= chunk.offsets[0] + chunk.sizes[0]):

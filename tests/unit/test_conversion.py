@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from mimo_jobs.conversion.exporter import PARITY_NAME
+from mimo_jobs.conversion.preflight import preflight
 from mimo_jobs.conversion.verify import verify_hf
 from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.weights.safetensors_io import open_hf
@@ -172,7 +173,7 @@ def test_overwrite_replaces_only_when_asked(tmp_path):
     source = make_hf(tmp_path / "hf")
     target = tmp_path / "mimo"
     convert(tmp_path / "r1", "import", ONE, model=str(source), target=str(target))
-    with pytest.raises(UserError, match="exists; .*overwrite=true"):
+    with pytest.raises(UserError, match=r"exists; .*overwrite=true"):
         convert(tmp_path / "r2", "import", ONE, model=str(source), target=str(target))
     before = (target / "mimo.json").stat().st_ino
     convert(tmp_path / "r3", "import", APART, model=str(source), target=str(target), overwrite=True)
@@ -226,11 +227,28 @@ def test_wrong_choices_are_usage_errors(tmp_path):
     for arguments, said in (({"mtp": "maybe"}, "mtp='maybe'"), ({"dtype": "int8"}, "dtype='int8'")):
         with pytest.raises(UserError, match=said):
             convert(tmp_path / "r", "import", ONE, model=str(source), target=str(tmp_path / "m"), **arguments)
-    with pytest.raises(UsageError, match="divide num_key_value_heads"):
-        convert(
-            tmp_path / "r",
-            "import",
-            {"language": {"tp": 4}, "images": {}},
-            model=str(source),
-            target=str(tmp_path / "m"),
-        )
+    with pytest.raises(UsageError, match="tp=8 does not divide num_attention_heads"):
+        preflight("import_hf", {"model": source, "target": tmp_path / "m", "layout": {"language": {"tp": 8}}})
+
+
+def test_preflight_says_what_the_job_then_does(tmp_path):
+    source = make_hf(tmp_path / "hf")
+    planned = preflight("import_hf", {"model": source, "target": tmp_path / "m", "layout": APART})
+    done = convert(tmp_path / "r1", "import", APART, model=str(source), target=str(tmp_path / "m"))
+    assert planned.bytes_per_rank == done["bytes_per_rank"] and planned.tensors == done["tensors"]
+    written = [p.stat().st_size for p in (tmp_path / "m").iterdir() if p.suffix in (".distcp", ".safetensors")]
+    assert planned.disk_needed == sum(written)
+    planned = preflight(
+        "export_hf", {"source": tmp_path / "m", "target": tmp_path / "o", "layout": WIDE, "mtp": "drop"}
+    )
+    done = convert(tmp_path / "r2", "export", WIDE, source=str(tmp_path / "m"), target=str(tmp_path / "o"), mtp="drop")
+    assert planned.bytes_per_rank == done["bytes_per_rank"]
+    assert planned.dropped == ["mtp.fc.weight", "mtp.norm.weight", "mtp.step"]
+    assert planned.disk_needed == sum(p.stat().st_size for p in (tmp_path / "o").glob("*.safetensors"))
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_job(tmp_path, monkeypatch):
+    source = make_hf(tmp_path / "hf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"m: needs 0\.00 GB, but .* has 0\.00 GB free"):
+        preflight("import_hf", {"model": source, "target": tmp_path / "m", "layout": APART})

@@ -88,7 +88,8 @@ def test_gated_qkv_order_is_queries_gates_key_value_per_group():
     rows = [r for start, n in qwen35_vl.gated_qkv(d) for r in range(start, start + n)]
     q, gate = [[4 * h, 4 * h + 1] for h in range(4)], [[4 * h + 2, 4 * h + 3] for h in range(4)]
     k, v = [[16, 17], [18, 19]], [[20, 21], [22, 23]]
-    assert rows == sum([*q[:2], *gate[:2], k[0], v[0], *q[2:], *gate[2:], k[1], v[1]], [])
+    expected = [*q[:2], *gate[:2], k[0], v[0], *q[2:], *gate[2:], k[1], v[1]]
+    assert rows == [row for head in expected for row in head]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
