@@ -35,13 +35,16 @@ ONE = {"language": {"tp": 1}, "images": {"tp": 1}, "world_size": 1}
 APART = {"language": {"tp": 1}, "images": {"tp": 1, "rank_offset": 1}}
 
 
-def launch(command: list[str], ranks: int, sample: bool = True) -> dict:
-    """Start ``ranks`` processes with torchrun's variables; wall seconds, peak RssAnon of each, last stdout line."""
+def launch(command: list[str], ranks: int, local: int | None = None) -> dict:
+    """Start ``ranks`` processes with torchrun's variables; wall seconds, peak RssAnon of each, last stdout line.
+
+    ``local``: ranks to share the cores with, so that ``local=cores`` gives a rank one thread.
+    """
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20000, 40000))}
     start = time.perf_counter()
     processes = [
         subprocess.Popen(
-            command, env={**common, "RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
+            command, env={**common, "RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local or ranks)},
             stdout=subprocess.PIPE, text=True,
         )
         for r in range(ranks)
@@ -55,8 +58,7 @@ def launch(command: list[str], ranks: int, sample: bool = True) -> dict:
                 peaks[r] = max(peaks[r], rss_anon(p.pid))
 
     watcher = threading.Thread(target=watch, daemon=True)
-    if sample:
-        watcher.start()
+    watcher.start()
     outputs = [p.communicate()[0] for p in processes]
     seconds = time.perf_counter() - start
     watching.set()
@@ -85,13 +87,15 @@ class Bench:
         shutil.rmtree(path, ignore_errors=True)
         return path
 
-    def job(self, job: str, layout: dict, ranks: int, fsync: bool, **arguments: object) -> dict:
+    def job(
+        self, job: str, layout: dict, ranks: int, fsync: bool, local: int | None = None, **arguments: object
+    ) -> dict:
         record = self.fresh("record")
         record.mkdir()
         spec = {"schema": 1, "job": job, "run_id": "bench", "world_size": ranks, "record": str(record),
                 "arguments": {**arguments, "layout": layout, "fsync": fsync}}  # fmt: skip
         (record / "JOB.json").write_text(json.dumps(spec))
-        measured = launch([sys.executable, "-m", "mimo_jobs.worker", str(record / "JOB.json")], ranks)
+        measured = launch([sys.executable, "-m", "mimo_jobs.worker", str(record / "JOB.json")], ranks, local)
         summary = json.loads((record / "result.json").read_text())["summary"]
         phases = summary["seconds"]
         move = phases["import" if job == "import_hf" else "export"]
@@ -125,8 +129,8 @@ class Bench:
         def imported(layout: dict, ranks: int, fsync: bool) -> dict:
             return self.job("import_hf", layout, ranks, fsync, model=source, target=str(self.fresh("imported")))
 
-        def exported(layout: dict, ranks: int, fsync: bool) -> dict:
-            return self.job("export_hf", layout, ranks, fsync, source=mimo, target=str(self.fresh("exported")))
+        def exported(layout: dict, ranks: int, fsync: bool, local: int | None = None) -> dict:
+            return self.job("export_hf", layout, ranks, fsync, local, source=mimo, target=str(self.fresh("exported")))
 
         return {
             "cp": lambda: self.cp(False),
@@ -135,7 +139,8 @@ class Bench:
             "import, 2 ranks, language | images": lambda: imported(APART, 2, False),
             "import, 2 ranks, fsync": lambda: imported(TWO, 2, True),
             "export, 2 ranks": lambda: exported(TWO, 2, False),
-            "export, 1 rank": lambda: exported(ONE, 1, False),
+            "export, 1 rank, 1 thread": lambda: exported(ONE, 1, False, os.cpu_count()),
+            "export, 1 rank, a thread a core": lambda: exported(ONE, 1, False),
             "export, 2 ranks, fsync": lambda: exported(TWO, 2, True),
             "gather on rank 0, save_file": self.gather,
         }
@@ -152,7 +157,7 @@ def main() -> None:
     parser.add_argument("--workdir", help="where to work (default: a temporary directory beside the repository)")
     parser.add_argument("--output", default=str(RESULTS / "conversion.json"))
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=max(120, Console().width))
     work = Path(options.workdir or tempfile.mkdtemp(prefix="mimo-bench-", dir=ROOT.parent))
     try:
         run(options, work, console)
@@ -225,7 +230,7 @@ def report(options: argparse.Namespace, bench: Bench, samples: list[dict], equal
 
     speedups = {
         "export: gather on rank 0 / ours, 2 ranks": paired("gather on rank 0, save_file", "export, 2 ranks"),
-        "export: 1 rank / 2 ranks": paired("export, 1 rank", "export, 2 ranks"),
+        "export: 1 rank, 1 thread / 2 ranks": paired("export, 1 rank, 1 thread", "export, 2 ranks"),
         "what the machine allows: cp / 2 cp at once of half the bytes each": middle(
             [two_copies(bench) for _ in samples]
         ),

@@ -24,6 +24,7 @@ from mimo_jobs.errors import UserError
 MANIFEST_NAME = "mimo.json"
 HF_DIR = "hf"
 HEADERS_DIR = "headers"
+PARITY_NAME = "parity.json"  # of an export; it speaks of that directory only, so an import leaves it behind
 PASSED_THROUGH_NAME = "passed_through.safetensors"
 FORMAT = 1
 _WEIGHTS = (
@@ -150,5 +151,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def companion_files(directory: Path) -> list[Path]:
     """The files beside the weights that an export should bring back (tokenizer, processor, templates, licence ...)."""
     return sorted(
-        p for p in directory.iterdir() if p.is_file() and not p.name.endswith(_WEIGHTS) and not p.name.startswith(".")
+        p
+        for p in directory.iterdir()
+        if p.is_file() and not p.name.endswith(_WEIGHTS) and not p.name.startswith(".") and p.name != PARITY_NAME
     )

@@ -13,6 +13,7 @@ from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.checkpoint.manifest import (
     HEADERS_DIR,
     HF_DIR,
+    PARITY_NAME,
     PASSED_THROUGH_NAME,
     Manifest,
     read_manifest,
@@ -41,8 +42,6 @@ from mimo_jobs.weights.safetensors_io import (
     parse_header,
     read_shard,
 )
-
-PARITY_NAME = "parity.json"
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
     """
     made = plan_export(args)
     if world.rank == 0:
-        publish.check_target(args.target, args.overwrite)
+        publish.check_target(args.target, args.overwrite, args.source)
         publish.check_space(args.target, sum(s.size for s in made.shards.values()))
     staging = publish.staging_of(args.target, world.run_id)
     try:

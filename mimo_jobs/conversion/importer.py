@@ -184,7 +184,7 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
     """
     made = plan_import(args)
     if world.rank == 0:
-        publish.check_target(args.target, args.overwrite)
+        publish.check_target(args.target, args.overwrite, args.model)
         publish.check_space(args.target, sum(made.files.values()))
     staging = publish.staging_of(args.target, world.run_id)
     try:

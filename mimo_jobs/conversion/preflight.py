@@ -53,7 +53,7 @@ def preflight(job: str, arguments: Mapping[str, Any]) -> Preflight | None:
 
 def check_import(args: ImportArgs) -> Preflight:
     """Plan an import and check its target and disk; see `preflight`."""
-    publish.check_target(args.target, args.overwrite)
+    publish.check_target(args.target, args.overwrite, args.model)
     made = plan_import(args)
     needed = sum(made.files.values())
     passed = [n for n, _ in made.passed_ranks]
@@ -69,7 +69,7 @@ def check_import(args: ImportArgs) -> Preflight:
 
 def check_export(args: ExportArgs) -> Preflight:
     """Plan an export and check its target and disk; see `preflight`."""
-    publish.check_target(args.target, args.overwrite)
+    publish.check_target(args.target, args.overwrite, args.source)
     made = plan_export(args)
     needed = sum(s.size for s in made.shards.values())
     notes = _idle_notes(args.layout, made.bytes_per_rank)

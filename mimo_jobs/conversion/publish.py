@@ -7,21 +7,39 @@ import shutil
 import socket
 from pathlib import Path
 
-from mimo_jobs.errors import UserError
+from mimo_jobs.errors import UsageError, UserError
 
 _OWNER = ".owner.json"
+_CHECKPOINT_FILES = ("mimo.json", "config.json")
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise `UserError` unless ``target`` can be written: it does not exist (or ``overwrite``), its parent can be."""
+def check_target(target: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Whether ``target`` can be written.
+
+    Raises:
+        UserError: it exists (unless ``overwrite``, and it is a checkpoint or empty), it lies in ``source`` or the other
+            way round, or its parent cannot be written.
+    """
+    real = target.resolve()
+    if source is not None and (real.is_relative_to(source.resolve()) or source.resolve().is_relative_to(real)):
+        raise UsageError(f"target={target} and the source {source} lie in one another; give another target")
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise UserError(
             f"{target}: exists; choose another target, or give overwrite=true to replace it when the new one is complete"
         )
+    if target.is_symlink():
+        raise UserError(f"{target}: is a symbolic link; give the directory itself: {real}")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file; give a directory")
+    if target.exists() and not any((target / name).exists() for name in _CHECKPOINT_FILES) and any(target.iterdir()):
+        raise UserError(
+            f"{target}: holds neither {' nor '.join(_CHECKPOINT_FILES)}, so it is no checkpoint; overwrite=true replaces "
+            "only checkpoints: give another target, or remove it yourself"
+        )
     parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"{target}: cannot be made: {parent} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{target}: cannot be made: no permission to write to {parent}")
 

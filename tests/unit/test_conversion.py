@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from mimo_jobs.conversion.exporter import PARITY_NAME
+from mimo_jobs.checkpoint.manifest import PARITY_NAME
 from mimo_jobs.conversion.preflight import preflight
 from mimo_jobs.conversion.verify import verify_hf
 from mimo_jobs.errors import UsageError, UserError
@@ -179,6 +179,40 @@ def test_overwrite_replaces_only_when_asked(tmp_path):
     convert(tmp_path / "r3", "import", APART, model=str(source), target=str(target), overwrite=True)
     assert (target / "mimo.json").stat().st_ino != before
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("hf", "lie in one another"),
+        ("hf/inside", "lie in one another"),
+        (".", "lie in one another"),
+        ("link", "is a symbolic link"),
+        ("file", "is a file"),
+        ("file/inside", "is a file"),
+        ("home", "so it is no checkpoint"),
+    ],
+)
+def test_overwrite_never_touches_what_is_no_checkpoint(tmp_path, target, said):
+    source = make_hf(tmp_path / "hf")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("years")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    before = sorted(p for p in tmp_path.rglob("*"))
+    arguments = {"model": source, "target": tmp_path / target, "layout": ONE, "overwrite": True}
+    with pytest.raises(UserError, match=said):
+        preflight("import_hf", arguments)
+    with pytest.raises(UserError, match=said):
+        convert(
+            tmp_path.parent / f"{tmp_path.name}-r",
+            "import",
+            ONE,
+            model=source,
+            target=tmp_path / target,
+            overwrite=True,
+        )
+    assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
 def test_a_flipped_bit_in_the_checkpoint_is_found_and_nothing_is_published(tmp_path):
