@@ -239,7 +239,7 @@ def report(options: argparse.Namespace, bench: Bench, samples: list[dict], equal
         console.print(f"{name}: {value['median']:.2f} [{value['min']:.2f}, {value['max']:.2f}]")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": "python -m benchmarks.conversion " + " ".join(sys.argv[1:]), "commit": commit, "shape": options.shape,
+        "command": f"python -m benchmarks.conversion --shape {options.shape} --repeats {options.repeats}", "commit": commit, "shape": options.shape,
         "bytes": bench.nbytes, "repeats": len(samples), "export_bit_exact": equal,
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()},
         "versions": {p: metadata.version(p) for p in ("torch", "megatron-core", "safetensors", "blake3")},

@@ -229,7 +229,8 @@ def encode_metadata(tensors: Iterable[StoredTensor], objects: Mapping[str, Chunk
 
     for tensor in tensors:
         dtype = ip.Global("torch", DTYPES[tensor.dtype][1])
-        properties = ip.Object(ip.Global(_DCP, "TensorProperties"), (dtype, layout, False, contiguous, False, None))
+        # Five fields: torch 2.15 adds strides, which older versions refuse and newer ones do without.
+        properties = ip.Object(ip.Global(_DCP, "TensorProperties"), (dtype, layout, False, contiguous, False))
         boxes = [
             ip.Object(
                 ip.Global(_DCP, "ChunkStorageMetadata"), {"offsets": size(chunk.offsets), "sizes": size(chunk.sizes)}
