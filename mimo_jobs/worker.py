@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ KEYS = ("schema", "job", "run_id", "world_size", "record", "arguments")
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    # A scheduler's or torchrun's SIGTERM ends a rank as Ctrl-C does: tidied up, and with a word to the others.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     record: Path | None = None
     world: Any = None
     try:

@@ -208,28 +208,24 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
         publish.check_target(args.target, args.overwrite, args.source)
         publish.check_space(args.target, sum(s.size for s in made.shards.values()))
     staging = publish.staging_of(args.target, world.run_id)
-    try:
-        if world.rank == 0:
-            publish.open_staging(args.target, world.run_id)
-            _prepare(made, staging)
-        world.barrier("staging")
-        with transfer.Files() as files:
-            with world.phase("export", sum(made.bytes_per_rank)) as moved:
-                transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
-            world.barrier("written")  # an alias, and a digest, read what other ranks wrote
-            digests = _written_digests(made, staging, files, world) if args.verify else {}
-            if args.fsync:
-                with world.timed("sync"):
-                    files.sync()
-        results = world.gather("exported", {"digests": digests, "seconds": world.seconds})
-        summary = None
-        if results is not None:
-            summary = _finish(made, staging, merged(results, "digests"), world) | {"seconds": slowest(results)}
-        return world.broadcast("published", summary)
-    except BaseException:
-        if world.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
+    world.on_failure(partial(shutil.rmtree, staging, ignore_errors=True))
+    if world.rank == 0:
+        publish.open_staging(args.target, world.run_id)
+        _prepare(made, staging)
+    world.barrier("staging")
+    with transfer.Files() as files:
+        with world.phase("export", sum(made.bytes_per_rank)) as moved:
+            transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
+        world.barrier("written")  # an alias, and a digest, read what other ranks wrote
+        digests = _written_digests(made, staging, files, world) if args.verify else {}
+        if args.fsync:
+            with world.timed("sync"):
+                files.sync()
+    results = world.gather("exported", {"digests": digests, "seconds": world.seconds})
+    summary = None
+    if results is not None:
+        summary = _finish(made, staging, merged(results, "digests"), world) | {"seconds": slowest(results)}
+    return world.broadcast("published", summary)
 
 
 def _prepare(made: ExportPlan, staging: Path) -> None:

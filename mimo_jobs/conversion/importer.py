@@ -187,28 +187,24 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
         publish.check_target(args.target, args.overwrite, args.model)
         publish.check_space(args.target, sum(made.files.values()))
     staging = publish.staging_of(args.target, world.run_id)
-    try:
-        if world.rank == 0:
-            publish.open_staging(args.target, world.run_id)
-            _write_companions(made, staging)
-        world.barrier("staging")
-        with transfer.Files() as files:
-            with world.phase("import", sum(made.bytes_per_rank)) as moved:
-                transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
-            digests = _source_digests(made, files, world)
-            if args.fsync:
-                with world.timed("sync"):
-                    files.sync()
-        results = world.gather("imported", {"digests": digests, "seconds": world.seconds})
-        summary = None
-        if results is not None:
-            _finish(made, staging, merged(results, "digests"), world)
-            summary = _summary(made) | {"seconds": slowest(results)}
-        return world.broadcast("published", summary)
-    except BaseException:
-        if world.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
+    world.on_failure(partial(shutil.rmtree, staging, ignore_errors=True))
+    if world.rank == 0:
+        publish.open_staging(args.target, world.run_id)
+        _write_companions(made, staging)
+    world.barrier("staging")
+    with transfer.Files() as files:
+        with world.phase("import", sum(made.bytes_per_rank)) as moved:
+            transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
+        digests = _source_digests(made, files, world)
+        if args.fsync:
+            with world.timed("sync"):
+                files.sync()
+    results = world.gather("imported", {"digests": digests, "seconds": world.seconds})
+    summary = None
+    if results is not None:
+        _finish(made, staging, merged(results, "digests"), world)
+        summary = _summary(made) | {"seconds": slowest(results)}
+    return world.broadcast("published", summary)
 
 
 def _tasks(

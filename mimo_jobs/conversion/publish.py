@@ -93,7 +93,7 @@ def publish(staging: Path, target: Path, overwrite: bool) -> None:
     if _rename(staging, target, _RENAME_NOREPLACE):
         pass
     elif not overwrite:
-        raise UserError(f"{target}: appeared while this job ran; the new one is kept at {staging}")
+        raise UserError(f"{target}: appeared while this job ran; it was left as it is, and nothing was published")
     elif _rename(staging, target, _RENAME_EXCHANGE):
         shutil.rmtree(staging, ignore_errors=True)  # now the old one
     else:

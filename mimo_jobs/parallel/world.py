@@ -48,6 +48,8 @@ class World:
         self._pending = 0
         self._closing = False
         self._watchdog: threading.Timer | None = None
+        self._readers: list[threading.Thread] = []
+        self._clean_ups: list[Callable[[], None]] = []
         self.seconds: dict[str, float] = {}
 
     @classmethod
@@ -97,7 +99,7 @@ class World:
             peer.settimeout(None)
             self._peers[hello["rank"]] = peer
         for rank, peer in self._peers.items():
-            threading.Thread(target=self._read, args=(peer, rank), daemon=True).start()
+            self._start_reader(peer, rank)
 
     def _connect(self) -> None:
         deadline, own = time.monotonic() + CONNECT_SECONDS, socket.gethostname()
@@ -113,9 +115,14 @@ class World:
                 time.sleep(0.05)
         peer.sendall(_line({"token": address["token"], "rank": self.rank}))
         self._peers[0] = peer
-        threading.Thread(target=self._read, args=(peer, 0), daemon=True).start()
+        self._start_reader(peer, 0)
 
     # ------------------------------------------------------------------------------------------------- messages
+
+    def _start_reader(self, peer: socket.socket, rank: int) -> None:
+        reader = threading.Thread(target=self._read, args=(peer, rank), daemon=True)
+        self._readers.append(reader)
+        reader.start()
 
     def _read(self, peer: socket.socket, rank: int) -> None:
         stream = peer.makefile("rb")
@@ -261,10 +268,12 @@ class World:
 
     # ------------------------------------------------------------------------------------------------- leaving
 
+    def on_failure(self, clean_up: Callable[[], None]) -> None:
+        """Call ``clean_up`` on rank 0 if the job fails, once no other rank works any more."""
+        self._clean_ups.append(clean_up)
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.size == 1:
-            return
-        if error is not None and self.failure is None:
+        if error is not None and self.failure is None and self.size > 1:
             message = str(error) or repr(error)
             if self.rank == 0:
                 self._fail(0, message)
@@ -280,8 +289,19 @@ class World:
             with contextlib.suppress(OSError):
                 peer.shutdown(socket.SHUT_WR)
         if self.rank == 0:
-            self._server.close()
-            self._address_file.unlink(missing_ok=True)
+            if self.size > 1:
+                self._server.close()
+                self._address_file.unlink(missing_ok=True)
+            if error is not None:
+                self._after_all_ranks()
+
+    def _after_all_ranks(self) -> None:
+        """Run the clean-ups when every other rank is gone, or had its time to go."""
+        deadline = time.monotonic() + GRACE_SECONDS + 1
+        for reader in self._readers:
+            reader.join(max(0.0, deadline - time.monotonic()))
+        for clean_up in self._clean_ups:
+            clean_up()
 
 
 def _own_hosts() -> list[str]:

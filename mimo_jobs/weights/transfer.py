@@ -203,5 +203,10 @@ def run_all(tasks: Iterable[Callable[[], None]], threads: int) -> None:
             raise
 
     with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(guarded, task) for task in tasks]:
-            future.result()
+        futures = [pool.submit(guarded, task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:  # also an interrupt of this thread while it waits
+            failed.set()
+            raise

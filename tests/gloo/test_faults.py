@@ -67,6 +67,17 @@ def test_a_killed_job_publishes_nothing_and_the_next_one_clears_up(tmp_path, big
     assert not list(tmp_path.glob(".out.partial-*"))
 
 
+def test_a_terminated_job_tidies_up(tmp_path, big):
+    _, mimo = big
+    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, target=tmp_path / "out")
+    when_staged(tmp_path / "out", ranks)
+    for rank in ranks:
+        rank.terminate()
+    assert wait(ranks, 20) == [1, 1, 1]
+    assert "interrupted" in result(tmp_path / "r")["error"]["message"]
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
 def test_a_job_killed_while_it_replaces_leaves_the_old_one_whole(tmp_path, big):
     source, mimo = big
     target = tmp_path / "out"
