@@ -176,7 +176,10 @@ def _conclude(run: "Run", as_json: bool) -> int:
     if last.job == "import_hf":
         print(_next(f"{PROGRAM} recipes.qwen35vl_export source={_quoted(places[last.name])} target=DIR"))
     elif last.job == "export_hf":
+        from mimo_jobs import console
+
         print(_next(f"{PROGRAM} verify ORIGINAL_DIR {_quoted(places[last.name])}"))
+        console.make().print(console.export_table(run.summaries[last.name]))
     elif run.name == "quickstart":
         print(_next(f"{PROGRAM} recipes.qwen35vl_import --help"))
     if certificate is not None:

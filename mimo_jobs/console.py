@@ -148,6 +148,26 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     return table
 
 
+def export_table(summary: Mapping[str, Any]) -> Table:
+    """The parity certificate of an export in words; parity.json beside the weights has every tensor's digest."""
+    parity, table = summary["parity"], Table.grid(padding=(0, 2))
+    shards = "1 file" if summary["shards"] == 1 else f"{summary['shards']} shards and their index"
+    table.add_row("  written", f"{summary['tensors']:,} tensors, {size(summary['bytes'])}, {shards}")
+    exact = (
+        f"{parity['equal']:,} (digests equal to the source's)" if parity["verified"] else "not verified (verify=false)"
+    )
+    table.add_row("  bit-exact", Text(exact, style="green" if parity["equal"] else "yellow"))
+    if parity["unknown"] and parity["verified"]:
+        table.add_row("  unknown", f"{parity['unknown']:,} (the checkpoint has no digest of them)")
+    casts = ", ".join(f"{count:,} {kind}" for kind, count in summary["casts"].items())
+    table.add_row("  cast", Text(casts or "none", style="yellow" if casts else ""))
+    table.add_row("  passed through", f"{summary['passed_through']:,}" if summary["passed_through"] else "none")
+    table.add_row("  tied", ", ".join(summary["tied"]) or "none")
+    table.add_row("  dropped", Text(f"{summary['dropped']:,}" if summary["dropped"] else "none"))
+    table.add_row("  certificate", Text(summary["certificate"]))
+    return table
+
+
 def _difference(found: Mapping[str, Any]) -> str:
     return (
         f"first at element {found['element']:,}" if "element" in found else f"{found['left']} against {found['right']}"

@@ -353,11 +353,19 @@ def _finish(made: ExportPlan, staging: Path, digests: dict[str, str], world: Wor
     write_json(staging / PARITY_NAME, certificate)
     world.check()
     publish.publish(staging, made.args.target, made.args.overwrite)
+    counts = {k: certificate[k] for k in ("verified", "equal", "cast", "unknown")}
     return {
         "target": str(made.args.target), "tensors": len(made.tensors), "bytes": sum(made.bytes_per_rank),
-        "bytes_per_rank": made.bytes_per_rank, "parity": {k: certificate[k] for k in ("verified", "equal", "cast", "unknown")},
-        "passed_through": len(made.passed_ranks), "dropped": len(made.dropped), "certificate": str(made.args.target / PARITY_NAME),
+        "bytes_per_rank": made.bytes_per_rank, "shards": len(made.shards), "parity": counts, "casts": _cast_kinds(made),
+        "tied": sorted(certificate["tied"]), "passed_through": len(made.passed_ranks),
+        "dropped": len(certificate["dropped"]), "certificate": str(made.args.target / PARITY_NAME),
     }  # fmt: skip
+
+
+def _cast_kinds(made: ExportPlan) -> dict[str, int]:
+    """``{"BF16 to F32": 98}``, of import and export together."""
+    kinds = [" to ".join(pair) for casts in (made.manifest.casts, made.casts) for pair in casts.values()]
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
 def _write_index(made: ExportPlan, staging: Path) -> None:
@@ -385,14 +393,16 @@ def _certificate(made: ExportPlan, digests: dict[str, str], index_names: list[st
             status[name] = "cast"
         elif name not in digests or name not in expected:
             status[name] = "unknown"
-        else:
-            status[name] = "equal" if digests[name] == expected[name] else "different"
+        elif digests[name] != expected[name]:
+            status[name] = "different"
+        else:  # a tensor cast at import has the digest of its cast bytes
+            status[name] = "cast" if name in made.manifest.casts else "equal"
     count = {s: sum(v == s for v in status.values()) for s in ("equal", "cast", "unknown")}
     return {
         "format": 1, "kind": "export", "source": str(made.args.source), "imported_from": made.manifest.source,
         "verified": made.args.verify, "tensors": len(made.tensors), **count,
         "different": sorted(n for n, s in status.items() if s == "different"),
-        "tied": made.manifest.aliases, "passed_through": [n for n, _ in sorted(made.passed_ranks)],
+        "tied": dict(made.matched.weight_map.aliases), "passed_through": [n for n, _ in sorted(made.passed_ranks)],
         "dropped": sorted({*made.dropped, *made.manifest.dropped}),
         "casts": {"import": made.manifest.casts, "export": made.casts},
         "index": {"files": sorted(made.shards), "names_equal_files": index_names == sorted(made.tensors)},
