@@ -20,6 +20,7 @@ from mimo_jobs.errors import JobFailed
 
 CONNECT_SECONDS = 600  # ranks of a big Slurm job start minutes apart
 GRACE_SECONDS = 5  # a rank stuck in a system call is ended this long after another failed
+INTERRUPT_SECONDS = 0.5
 REPORT_SECONDS = 0.2
 
 
@@ -273,8 +274,13 @@ class World:
         self._clean_ups.append(clean_up)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt) and self.size > 1:
+            # A launcher interrupts the others because one died: give that news the time to arrive.
+            with self._arrived:
+                self._arrived.wait_for(lambda: self.failure is not None, INTERRUPT_SECONDS)
+        heard = self.failure
         if error is not None and self.failure is None and self.size > 1:
-            message = str(error) or repr(error)
+            message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else repr(error))
             if self.rank == 0:
                 self._fail(0, message)
             else:
@@ -294,6 +300,8 @@ class World:
                 self._address_file.unlink(missing_ok=True)
             if error is not None:
                 self._after_all_ranks()
+        if isinstance(error, KeyboardInterrupt) and heard is not None:
+            raise JobFailed(heard[1]) from None
 
     def _after_all_ranks(self) -> None:
         """Run the clean-ups when every other rank is gone, or had its time to go."""

@@ -54,6 +54,18 @@ def test_a_killed_rank_ends_all_within_seconds_and_is_named(tmp_path, big, victi
     assert not (tmp_path / "out").exists()
 
 
+def test_a_launcher_that_interrupts_the_others_does_not_hide_who_died(tmp_path, big):
+    _, mimo = big
+    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, target=tmp_path / "out")
+    when_staged(tmp_path / "out", ranks)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    for survivor in (ranks[0], ranks[2]):
+        survivor.terminate()
+    assert wait(ranks, 20) == [1, -signal.SIGKILL, 1]
+    assert "rank 1 ended unexpectedly" in result(tmp_path / "r")["error"]["message"]
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
 def test_a_killed_job_publishes_nothing_and_the_next_one_clears_up(tmp_path, big):
     source, mimo = big
     ranks = start_worker(tmp_path / "r1", "export_hf", LAYOUT, source=mimo, target=tmp_path / "out")
