@@ -231,7 +231,7 @@ def report(options: argparse.Namespace, bench: Bench, samples: list[dict], equal
     speedups = {
         "export: gather on rank 0 / ours, 2 ranks": paired("gather on rank 0, save_file", "export, 2 ranks"),
         "export: 1 rank, 1 thread / 2 ranks": paired("export, 1 rank, 1 thread", "export, 2 ranks"),
-        "what the machine allows: cp / 2 cp at once of half the bytes each": middle(
+        "what the machine allows: one dd / two dd at once of half the bytes each": middle(
             [two_copies(bench) for _ in samples]
         ),
     }

@@ -17,9 +17,9 @@ OTHER = {"language": {"pp": 2}, "images": {}}
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """A source of 0.2 GB, so that a job can be hit while it moves bytes, and its import."""
+    """A source of 0.3 GB, so that a job can be hit while it moves bytes, and its import."""
     work = tmp_path_factory.mktemp("big")
-    source = make_hf(work / "hf", config_of(vocab=200_000, hidden=256, ffn=64))
+    source = make_hf(work / "hf", config_of(vocab=300_000, hidden=256, ffn=64))
     assert wait(start_worker(work / "r", "import_hf", LAYOUT, model=source, target=work / "mimo")) == [0, 0, 0]
     return source, work / "mimo"
 
