@@ -22,22 +22,20 @@ from mimo_jobs.checkpoint.manifest import (
 )
 from mimo_jobs.conversion import publish
 from mimo_jobs.conversion.digests import file_threads, merged, slowest, tensor_digests
-from mimo_jobs.conversion.importer import MTP_CHOICES, _set_dtype
-from mimo_jobs.errors import UsageError, UserError
+from mimo_jobs.conversion.options import parse_options, written_config, written_shard
+from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
 from mimo_jobs.layout import ResolvedLayout
 from mimo_jobs.parallel.world import World
 from mimo_jobs.weights import plan as plans
 from mimo_jobs.weights import transfer
-from mimo_jobs.weights.dtypes import cast_to, itemsize, parse_dtype
+from mimo_jobs.weights.dtypes import cast_to, itemsize
 from mimo_jobs.weights.rules import stored_rows
 from mimo_jobs.weights.safetensors_io import (
     INDEX_NAME,
     SINGLE_NAME,
     Shard,
     TensorInfo,
-    make_header,
-    new_shard,
     open_hf,
     parse_header,
     read_shard,
@@ -111,9 +109,7 @@ def plan_export(args: ExportArgs) -> ExportPlan:
     Raises:
         UserError: a damaged or foreign checkpoint; UsageError for a layout the model does not allow.
     """
-    if args.mtp not in MTP_CHOICES:
-        raise UsageError(f"mtp={args.mtp!r}: expected one of {', '.join(MTP_CHOICES)}")
-    dtype = parse_dtype(args.dtype) if args.dtype else None
+    dtype = parse_options(args.dtype, args.mtp)
     manifest = read_manifest(args.source)
     family = family_of(manifest.config, args.source / "mimo.json")
     if manifest.rules_version != family.rules_version:
@@ -129,11 +125,8 @@ def plan_export(args: ExportArgs) -> ExportPlan:
     stored = torch_dist.read_metadata(args.source)
     _check_stored(args.source, weight_map, stored)
     dropped = matched.passed_through if args.mtp == "drop" else []
-    config = family.drop_passed_through(manifest.config) if args.mtp == "drop" else dict(manifest.config)
-    if dtype:
-        config = json.loads(json.dumps(config))
-        _set_dtype(config, dtype)
-    shards = {n: _retyped(s, args.target, dtype, dropped) for n, s in templates.items()}
+    config = written_config(family, manifest.config, dtype, args.mtp)
+    shards = {n: written_shard(s, args.target, dtype, dropped) for n, s in templates.items()}
     shards = {n: s for n, s in shards.items() if s.tensors}
     tensors = {n: t for s in shards.values() for n, t in s.tensors.items()}
     passed_names = [n for n in matched.passed_through if n not in dropped]
@@ -186,14 +179,6 @@ def _check_stored(source: Path, weight_map: plans.WeightMap, stored: dict[str, t
                 path = source / chunk.file
                 if not path.is_file():
                     raise UserError(f"{path}: missing; {torch_dist.METADATA_NAME} places {tensor.name} in it")
-
-
-def _retyped(shard: Shard, target: Path, dtype: str | None, dropped: list[str]) -> Shard:
-    kept = [t for t in shard.tensors.values() if t.name not in dropped]
-    if len(kept) == len(shard.tensors) and not any(cast_to(t.dtype, dtype) for t in kept):
-        return shard
-    entries = [(t.name, (dtype or t.dtype) if cast_to(t.dtype, dtype) else t.dtype, t.shape) for t in kept]
-    return new_shard(target, shard.name, make_header(entries, shard.metadata))
 
 
 def run_export(args: ExportArgs, world: World) -> dict[str, Any]:

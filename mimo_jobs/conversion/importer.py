@@ -22,18 +22,17 @@ from mimo_jobs.checkpoint.manifest import (
 )
 from mimo_jobs.conversion import publish
 from mimo_jobs.conversion.digests import file_threads, merged, slowest, tensor_digests
-from mimo_jobs.errors import UsageError, UserError
+from mimo_jobs.conversion.options import parse_options, written_config, written_shard
+from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
 from mimo_jobs.families.spec import Family
 from mimo_jobs.layout import ResolvedLayout
 from mimo_jobs.parallel.world import World
 from mimo_jobs.weights import plan as plans
 from mimo_jobs.weights import transfer
-from mimo_jobs.weights.dtypes import cast_to, itemsize, parse_dtype
+from mimo_jobs.weights.dtypes import cast_to, itemsize
 from mimo_jobs.weights.rules import stored_rows
 from mimo_jobs.weights.safetensors_io import INDEX_NAME, HfCheckpoint, Shard, make_header, new_shard, open_hf
-
-MTP_CHOICES = ("keep", "drop")
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,7 @@ def plan_import(args: ImportArgs) -> ImportPlan:
     Raises:
         UserError: see `safetensors_io.open_hf`, `plan.match`; UsageError for a layout the model does not allow.
     """
-    if args.mtp not in MTP_CHOICES:
-        raise UsageError(f"mtp={args.mtp!r}: expected one of {', '.join(MTP_CHOICES)}")
-    dtype = parse_dtype(args.dtype) if args.dtype else None
+    dtype = parse_options(args.dtype, args.mtp)
     config = read_config(args.model)
     family = family_of(config, args.model / "config.json")
     weight_map = family.weight_map(config)
@@ -104,39 +101,18 @@ def plan_import(args: ImportArgs) -> ImportPlan:
     hf = open_hf(args.model)
     matched = plans.match(weight_map, hf.tensors, str(args.model))
     dropped = matched.passed_through if args.mtp == "drop" else []
-    if args.mtp == "drop":
-        config = family.drop_passed_through(config)
-    if dtype:
-        _set_dtype(config, dtype)
+    config = written_config(family, config, dtype, args.mtp)
     casts = {
         n: [t.dtype, dtype] for n, t in hf.tensors.items() if dtype and cast_to(t.dtype, dtype) and n not in dropped
     }
     made = ImportPlan(
         args, family, config, hf, matched, [dtype or d for d in matched.dtypes],
-        {s.name: _exported(s, args.model, casts, dropped) for s in hf.shards.values()}, casts, dropped,
+        {s.name: written_shard(s, args.model, dtype, dropped) for s in hf.shards.values()}, casts, dropped,
     )  # fmt: skip
     made.exported = {n: s for n, s in made.exported.items() if s.tensors}
     _place_boxes(made)
     _place_passed_through(made)
     return made
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    from mimo_jobs.weights.dtypes import DTYPES
-
-    for section in (config, config.get("text_config", {}), config.get("vision_config", {})):
-        for name in ("dtype", "torch_dtype"):
-            if section.get(name):
-                section[name] = DTYPES[dtype][1]
-
-
-def _exported(shard: Shard, directory: Path, casts: dict[str, list[str]], dropped: list[str]) -> Shard:
-    """The shard as an export writes it: the source's own header unless a cast or a drop changes it."""
-    kept = [t for t in shard.tensors.values() if t.name not in dropped]
-    if len(kept) == len(shard.tensors) and not any(t.name in casts for t in kept):
-        return shard
-    entries = [(t.name, casts.get(t.name, [t.dtype, t.dtype])[1], t.shape) for t in kept]
-    return new_shard(directory, shard.name, make_header(entries, shard.metadata))
 
 
 def _place_boxes(made: ImportPlan) -> None:

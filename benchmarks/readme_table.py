@@ -1,0 +1,52 @@
+"""The README's table of speed, from benchmarks/results: ``python -m benchmarks.readme_table`` writes it into README.md."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- speed: python -m benchmarks.readme_table -->", "<!-- end of speed -->"
+RESULTS = ("conversion.json", "conversion_16_cores.json")
+ROWS = {
+    "import, 2 ranks": "import, 2 ranks",
+    "export, 2 ranks": "export, 2 ranks",
+    "import, 2 ranks, fsync": "import, fsync (the default), against `cp` + `sync`",
+    "export, 2 ranks, fsync": "export, fsync (the default), against `cp` + `sync`",
+    "gather on rank 0, save_file": "export by gathering on rank 0",
+}
+
+
+def table() -> str:
+    """The markdown between the two markers."""
+    results = [json.loads((ROOT / "benchmarks/results" / name).read_text()) for name in RESULTS]
+    heads = [f"{r['machine']['cores']} cores: s, x cp | process s | RssAnon a rank" for r in results]
+    lines = [f"| {' | '.join(['', *heads])} |", "|" + "---|" * (1 + 3 * len(results))]
+    for case, label in ROWS.items():
+        cells = [label]
+        for r in results:
+            row = r["cases"][case]
+            move, ratio = row["move_seconds"], row["ratio"]
+            seconds = move["median"] + row.get("phases_seconds", {}).get("sync", {"median": 0})[
+                "median"
+            ] * case.endswith("fsync")
+            cells.append(f"{seconds:.2f}, {ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]")
+            cells.append(f"{row['process_seconds']['median']:.1f}")
+            cells.append(f"{max(row['rss_anon_bytes']) / 1e6:.0f} MB")
+        lines.append(f"| {' | '.join(cells)} |")
+    more = []
+    for r in results:
+        gathered, ranks, machine = r["speedups"].values()
+        more.append(
+            f"{r['machine']['cores']} cores: export {gathered['median']:.1f}x faster than gathering; two ranks "
+            f"{ranks['median']:.2f}x one rank with one thread, where two `dd` are {machine['median']:.2f}x one."
+        )
+    return "\n".join([*lines, "", *more])
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(START)
+    readme.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
