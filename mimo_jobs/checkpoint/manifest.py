@@ -6,20 +6,20 @@ CHECKPOINT/
   .metadata metadata.json  torch_dist (megatron-core)
   __<rank>_0.distcp        weights, one file a rank
   passed_through.safetensors
-  hf/                      config, tokenizer, processor, chat template ... of the source, byte for byte
-  hf/headers/<shard>.json  safetensors headers that an export writes; hf/model.safetensors.index.json its index
+  hf/                      config, tokenizer, processor, chat template, index ... of the source, byte for byte
+  headers/<shard>.json     safetensors headers that an export writes
 ```
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from mimo_jobs.errors import UserError
+from mimo_jobs.weights.json_files import read_bytes, read_object
 
 MANIFEST_NAME = "mimo.json"
 HF_DIR = "hf"
@@ -55,6 +55,7 @@ class Manifest:
         passed_through: HF names carried untouched; ``dropped``: those left out on request.
         layout: component -> sizes, of the job that wrote it; any layout can read it.
         files: file name -> bytes, every weight file of the checkpoint.
+        companions: path below the checkpoint -> blake3, every file that an export copies or reads beside the weights.
         versions: packages that wrote it.
     """
 
@@ -69,6 +70,7 @@ class Manifest:
     passed_through: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
+    companions: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -103,14 +105,16 @@ def read_manifest(directory: Path) -> Manifest:
             "; it looks like a Hugging Face directory: import it first" if (directory / "config.json").exists() else ""
         )
         raise UserError(f"{directory}: has no {MANIFEST_NAME}: not a finished MIMO checkpoint{hint}")
+    value = read_object(path)
+    if value.get("format") != FORMAT:
+        raise UserError(f"{path}: format {value.get('format')!r}; this version of mimo_jobs reads {FORMAT}")
+    known: dict[str, Any] = {f.name: get_origin(f.type) or f.type for f in fields(Manifest)}
+    for name, entry in value.items():
+        if name not in known or not isinstance(entry, known[name]) or isinstance(entry, bool):
+            raise UserError(f"{path}: damaged: {name} is {type(entry).__name__} or unknown")
     try:
-        value = json.loads(path.read_bytes())
-        if value.get("format") != FORMAT:
-            raise UserError(f"{path}: format {value.get('format')!r}; this version of mimo_jobs reads {FORMAT}")
         manifest = Manifest(**value)
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except TypeError as error:
         raise UserError(f"{path}: damaged: {error}") from None
     for name, size in manifest.files.items():
         file = directory / name
@@ -120,7 +124,29 @@ def read_manifest(directory: Path) -> Manifest:
             raise UserError(
                 f"{file}: {what}, {MANIFEST_NAME} says {size} bytes; the checkpoint is damaged: import it again"
             )
+    check_companions(directory, manifest)
     return manifest
+
+
+def check_companions(directory: Path, manifest: Manifest) -> None:
+    """Every companion file is as the import left it. Raises `UserError` naming the first that is not."""
+    for name, digest in manifest.companions.items():
+        path = directory / name
+        if file_digest(read_bytes(path)) != digest:
+            raise UserError(f"{path}: is not what the import left there; the checkpoint is damaged: import it again")
+
+
+def companion_digests(directory: Path) -> dict[str, str]:
+    """path -> blake3 of every file in ``hf/`` and ``headers/`` of a checkpoint."""
+    found = sorted(p for part in (HF_DIR, HEADERS_DIR) for p in (directory / part).iterdir())
+    return {str(p.relative_to(directory)): file_digest(p.read_bytes()) for p in found}
+
+
+def file_digest(raw: bytes) -> str:
+    """blake3, as a hex string."""
+    from blake3 import blake3
+
+    return blake3(raw).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -135,17 +161,8 @@ def versions() -> dict[str, str]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of an HF directory. Raises `UserError` when it is missing or not JSON."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; a Hugging Face model directory has one") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if not isinstance(config, Mapping):
-        raise UserError(f"{path}: damaged: expected a JSON object")
-    return dict(config)
+    """config.json of an HF directory. Raises `UserError` when it is missing or not a JSON object."""
+    return read_object(directory / "config.json")
 
 
 def companion_files(directory: Path) -> list[Path]:

@@ -1,16 +1,18 @@
 """blake3 digests of tensors' bytes, shared out over ranks and threads."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mimo_jobs.parallel.world import World
 from mimo_jobs.weights import transfer
 from mimo_jobs.weights.dtypes import Cast
+from mimo_jobs.weights.safetensors_io import TensorInfo
 
-# name, file, offset, bytes, cast applied before hashing
-DigestJob = tuple[str, Path, int, int, Cast | None]
+# Makes a fresh iterator over a tensor's bytes, in blocks of the calling thread's buffer.
+Blocks = Callable[[], Iterator[memoryview]]
 
 
 def file_threads(world_size: int) -> int:
@@ -19,24 +21,31 @@ def file_threads(world_size: int) -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // max(1, local)))
 
 
-def tensor_digests(
-    jobs: Sequence[DigestJob], files: transfer.Files, world: World, phase: str, total: int
-) -> dict[str, str]:
+def file_blocks(files: transfer.Files, directory: Path, info: TensorInfo, cast: Cast | None = None) -> Blocks:
+    """The bytes of a tensor of a ``.safetensors`` file, cast if asked."""
+
+    def read() -> Iterator[memoryview]:
+        for block in transfer.blocks(files.reader(directory / info.file), info.offset, info.nbytes):
+            yield cast(block) if cast else block
+
+    return read
+
+
+def tensor_digests(jobs: Sequence[tuple[str, Blocks]], world: World, phase: str, total: int) -> dict[str, str]:
     """name -> hex digest of each job's bytes. ``total``: bytes over all ranks, for progress."""
     from blake3 import blake3
 
     found: dict[str, str] = {}
     with world.phase(phase, total) as moved:
 
-        def one(job: DigestJob) -> None:
-            name, path, offset, nbytes, cast = job
+        def one(name: str, read: Blocks) -> None:
             digest = blake3()
-            for block in transfer.blocks(files.reader(path), offset, nbytes):
-                digest.update(cast(block) if cast else block)
+            for block in read():
+                digest.update(block)
                 moved(len(block))
             found[name] = digest.hexdigest()
 
-        transfer.run_all([lambda j=j: one(j) for j in jobs], file_threads(world.size))
+        transfer.run_all([partial(one, *job) for job in jobs], file_threads(world.size))
     return found
 
 

@@ -1,10 +1,8 @@
 """MIMO checkpoint -> Hugging Face: every rank writes its own rows in place into files sized from the plan."""
 
-import itertools
-import json
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,9 @@ from mimo_jobs.checkpoint.manifest import (
     write_json,
 )
 from mimo_jobs.conversion import publish
-from mimo_jobs.conversion.digests import file_threads, merged, slowest, tensor_digests
+from mimo_jobs.conversion.digests import Blocks, file_blocks, file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.options import parse_options, written_config, written_shard
+from mimo_jobs.conversion.rows import RowReader
 from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
 from mimo_jobs.layout import ResolvedLayout
@@ -30,7 +29,8 @@ from mimo_jobs.parallel.world import World
 from mimo_jobs.weights import plan as plans
 from mimo_jobs.weights import transfer
 from mimo_jobs.weights.dtypes import cast_to, itemsize
-from mimo_jobs.weights.rules import stored_rows
+from mimo_jobs.weights.json_files import parse_object, read_bytes
+from mimo_jobs.weights.rules import Segment, stored_rows
 from mimo_jobs.weights.safetensors_io import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -38,6 +38,7 @@ from mimo_jobs.weights.safetensors_io import (
     TensorInfo,
     open_hf,
     parse_header,
+    parse_index,
     read_shard,
 )
 
@@ -64,7 +65,8 @@ class ExportPlan:
         stored: the checkpoint's tensors (`torch_dist.read_metadata`).
         shards: the files to write; ``tensors``: every tensor in them.
         shares: rows that each rank writes; ``passed_ranks``, ``alias_ranks``: who copies which whole tensor.
-        casts: HF name -> [dtype in the checkpoint, dtype written].
+        templates: every tensor as the checkpoint's headers have it, before a cast.
+        casts: HF name -> [dtype of the template, dtype written].
     """
 
     args: ExportArgs
@@ -77,15 +79,9 @@ class ExportPlan:
     shares: list[plans.Share]
     passed: Shard | None
     passed_ranks: list[tuple[str, int]]
+    templates: dict[str, TensorInfo]
     casts: dict[str, list[str]]
     dropped: list[str]
-    offsets: dict[torch_dist.Chunk, int] = field(default_factory=dict)
-
-    def data_offset(self, fd: int, tensor: torch_dist.StoredTensor, chunk: torch_dist.Chunk) -> int:
-        """`torch_dist.data_offset`, looked up once a chunk."""
-        if chunk not in self.offsets:
-            self.offsets[chunk] = torch_dist.data_offset(fd, self.args.source / chunk.file, tensor, chunk)
-        return self.offsets[chunk]
 
     @property
     def bytes_per_rank(self) -> list[int]:
@@ -135,25 +131,27 @@ def plan_export(args: ExportArgs) -> ExportPlan:
         assert passed is not None
         if name not in passed.tensors:
             raise UserError(f"{args.source / PASSED_THROUGH_NAME}: {name} is missing; the checkpoint is damaged")
-    kept = {r.name: stored[k.name].dtype for rule in weight_map.rules for r in rule.hf for k in rule.stored}
-    kept |= {n: passed.tensors[n].dtype for n in passed_names if passed}
-    casts = {n: [kept[n], t.dtype] for n, t in tensors.items() if n in kept and kept[n] != t.dtype}
+    if manifest.digests and (lost := set(manifest.digests) - set(everything)):
+        raise UserError(
+            f"{args.source}: the headers lack {len(lost)} of the tensors imported, e.g. {min(lost)}; import it again"
+        )
+    casts = {n: [everything[n].dtype, t.dtype] for n, t in tensors.items() if everything[n].dtype != t.dtype}
     return ExportPlan(
         args, manifest, config, matched, stored, shards, tensors, plans.export_shares(matched, args.layout), passed,
-        plans.spread(((n, tensors[n].nbytes) for n in passed_names), args.layout.world_size), casts, dropped,
+        plans.spread(((n, tensors[n].nbytes) for n in passed_names), args.layout.world_size), everything, casts, dropped,
     )  # fmt: skip
 
 
 def _read_templates(source: Path) -> dict[str, Shard]:
-    directory = source / HF_DIR / HEADERS_DIR
+    directory = source / HEADERS_DIR
     found = {}
     for path in sorted(directory.glob("*.json")):
         name, header = path.name.removesuffix(".json"), path.read_bytes()
         try:
-            entries = json.loads(header)
+            entries = parse_object(header, path)
             size = 8 + len(header) + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{path}: damaged: {error!r}") from None
+            raise error if isinstance(error, UserError) else UserError(f"{path}: damaged: {error!r}") from None
         found[name] = parse_header(header, path.with_name(name), size)
     if not found:
         raise UserError(f"{directory}: holds no shard header; the checkpoint is damaged")
@@ -202,14 +200,16 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
         with world.phase("export", sum(made.bytes_per_rank)) as moved:
             transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
         world.barrier("written")  # an alias, and a digest, read what other ranks wrote
-        digests = _written_digests(made, staging, files, world) if args.verify else {}
+        digests = _digests(made, staging, files, world) if args.verify else {"written": {}, "before": {}}
         if args.fsync:
             with world.timed("sync"):
                 files.sync()
-    results = world.gather("exported", {"digests": digests, "seconds": world.seconds})
+    results = world.gather("exported", {**digests, "seconds": world.seconds})
     summary = None
     if results is not None:
-        summary = _finish(made, staging, merged(results, "digests"), world) | {"seconds": slowest(results)}
+        summary = _finish(made, staging, merged(results, "written"), merged(results, "before"), world) | {
+            "seconds": slowest(results)
+        }
     return world.broadcast("published", summary)
 
 
@@ -229,9 +229,10 @@ def _prepare(made: ExportPlan, staging: Path) -> None:
 def _tasks(
     made: ExportPlan, staging: Path, files: transfer.Files, rank: int, moved: Callable[[int], None]
 ) -> Iterable[Callable[[], None]]:
+    rows = RowReader(made.args.source, files)
     for share in made.shares:
         if share.rank == rank:
-            yield partial(_write_share, made, share, files, staging, moved)
+            yield partial(_write_share, made, share, files, rows, staging, moved)
     for name, owner in made.passed_ranks:
         if owner == rank:
             assert made.passed is not None
@@ -255,8 +256,9 @@ def _copy_tensor(
 
 
 def _write_share(
-    made: ExportPlan, share: plans.Share, files: transfer.Files, staging: Path, moved: Callable[[int], None]
-) -> None:
+    made: ExportPlan, share: plans.Share, files: transfer.Files, rows: RowReader, staging: Path,
+    moved: Callable[[int], None],
+) -> None:  # fmt: skip
     rule = made.matched.weight_map.rules[share.rule]
     tensor = rule.stored[share.stored]
     stored = made.stored[tensor.name]
@@ -264,9 +266,8 @@ def _write_share(
     for run in stored_rows(made.matched.segments[share.rule], share.stored, share.row, share.row + share.rows):
         name = rule.hf[run.hf].name
         for i, out in enumerate(n for n in (name, aliases.get(name)) if n in made.tensors):
-            _write_rows(
-                made, stored, tensor.row_elements, run, made.tensors[out], files, staging, moved if i == 0 else _silent
-            )
+            counted = moved if i == 0 else _silent
+            _write_rows(made, stored, tensor.row_elements, run, made.tensors[out], files, rows, staging, counted)
 
 
 def _silent(_: int) -> None:
@@ -274,61 +275,63 @@ def _silent(_: int) -> None:
 
 
 def _write_rows(
-    made: ExportPlan, stored: torch_dist.StoredTensor, row_elements: int, run: Any, info: TensorInfo, files: transfer.Files,
-    staging: Path, moved: Callable[[int], None],
+    made: ExportPlan, stored: torch_dist.StoredTensor, row_elements: int, run: Segment, info: TensorInfo,
+    files: transfer.Files, rows: RowReader, staging: Path, moved: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Rows ``[run.stored_row, + run.count)`` of a checkpoint tensor, however it is chunked, to rows of an HF tensor."""
-    source = made.args.source
-    size, cast = itemsize(stored.dtype), cast_to(stored.dtype, info.dtype)
-    out_row = row_elements * itemsize(info.dtype)
-    target = files.writer(staging / info.file)
-    first, stop = run.stored_row, run.stored_row + run.count
-    hits = [c for c in stored.chunks if c.offsets[0] < stop and first < c.offsets[0] + c.sizes[0]]
-    edges = {first, stop, *(e for c in hits for e in (c.offsets[0], c.offsets[0] + c.sizes[0]) if first < e < stop)}
-    cuts = sorted(edges)
-    for a, b in itertools.pairwise(cuts):
-        parts, covered = [], 0
-        for chunk in hits:
-            if not (chunk.offsets[0] <= a and b <= chunk.offsets[0] + chunk.sizes[0]):
-                continue
-            width = row_elements if len(chunk.sizes) == 1 else _row_elements(chunk)
-            left = chunk.offsets[1] if width != row_elements else 0
-            fd = files.reader(source / chunk.file)
-            at = made.data_offset(fd, stored, chunk) + (a - chunk.offsets[0]) * width * size
-            parts.append((fd, at, left * size, (left + width) * size))
-            covered += width
-            if covered >= row_elements:
-                break
-        if covered != row_elements:
-            raise UserError(
-                f"{source}: {stored.key}: rows {a} to {b} are not covered by the checkpoint's chunks exactly once"
-            )
-        to = info.offset + (run.hf_row + a - first) * out_row
-        if len(parts) == 1:
-            transfer.copy_range(parts[0][0], parts[0][1], target, to, (b - a) * row_elements * size, moved, cast)
-        else:
-            transfer.join_columns(parts, row_elements * size, b - a, target, to, moved, cast)
+    """Rows of a checkpoint tensor, however it is chunked, to rows of an HF tensor."""
+    target, cast = files.writer(staging / info.file), cast_to(stored.dtype, info.dtype)
+    out_row, row_bytes = row_elements * itemsize(info.dtype), row_elements * itemsize(stored.dtype)
+    for a, b, parts in rows.spans(stored, row_elements, run.stored_row, run.stored_row + run.count):
+        to = info.offset + (run.hf_row + a - run.stored_row) * out_row
+        transfer.write_rows(parts, row_bytes, b - a, target, to, moved, cast)
 
 
-def _row_elements(chunk: torch_dist.Chunk) -> int:
-    elements = 1
-    for n in chunk.sizes[1:]:
-        elements *= n
-    return elements
-
-
-def _written_digests(made: ExportPlan, staging: Path, files: transfer.Files, world: World) -> dict[str, str]:
+def _digests(made: ExportPlan, staging: Path, files: transfer.Files, world: World) -> dict[str, dict[str, str]]:
+    """Of this rank's share of the tensors: digests of what was written, and for cast ones of what they were cast from."""
     sizes = [(n, t.nbytes) for n, t in made.tensors.items()]
     mine = [n for n, rank in plans.spread(sizes, world.size) if rank == world.rank]
-    jobs = [(n, staging / made.tensors[n].file, made.tensors[n].offset, made.tensors[n].nbytes, None) for n in mine]
-    return tensor_digests(jobs, files, world, "verify", sum(size for _, size in sizes))
+    rows = RowReader(made.args.source, files)
+    written = [(n, file_blocks(files, staging, made.tensors[n])) for n in mine]
+    before = [(n, _template_blocks(made, n, files, rows)) for n in mine if n in made.casts]
+    total = sum(size for _, size in sizes)
+    return {
+        "written": tensor_digests(written, world, "verify", total),
+        "before": tensor_digests(before, world, "verify the source of casts", total) if made.casts else {},
+    }
 
 
-def _finish(made: ExportPlan, staging: Path, digests: dict[str, str], world: World) -> dict[str, Any]:
+def _template_blocks(made: ExportPlan, name: str, files: transfer.Files, rows: RowReader) -> Blocks:
+    """The bytes that an export without a cast would write."""
+    if name in made.matched.passed_through:
+        assert made.passed is not None
+        return file_blocks(files, made.args.source, made.passed.tensors[name])
+    name = made.matched.aliases.get(name, name)
+
+    def read() -> Iterator[memoryview]:
+        rule, at = next(
+            (r, h)
+            for r, rule in enumerate(made.matched.weight_map.rules)
+            for h, t in enumerate(rule.hf)
+            if t.name == name
+        )
+        runs = sorted((s for s in made.matched.segments[rule] if s.hf == at), key=lambda s: s.hf_row)
+        for run in runs:
+            tensor = made.matched.weight_map.rules[rule].stored[run.stored]
+            stored = made.stored[tensor.name]
+            cast = cast_to(stored.dtype, made.templates[name].dtype)
+            for block in rows.blocks(stored, tensor.row_elements, run.stored_row, run.stored_row + run.count):
+                yield cast(block) if cast else block
+
+    return read
+
+
+def _finish(
+    made: ExportPlan, staging: Path, digests: dict[str, str], before: dict[str, str], world: World
+) -> dict[str, Any]:
     """Rank 0: index, audit, certificate, publication."""
     _write_index(made, staging)
     audit = open_hf(staging)  # raises when index, headers and files do not agree
-    certificate = _certificate(made, digests, sorted(audit.tensors))
+    certificate = _certificate(made, digests, before, sorted(audit.tensors))
     if certificate["different"]:
         first = certificate["different"][0]
         raise UserError(
@@ -357,25 +360,30 @@ def _write_index(made: ExportPlan, staging: Path) -> None:
     """The source's own index when it still lists exactly what was written, else one that does."""
     source = made.args.source / HF_DIR / INDEX_NAME
     if not source.exists():
-        assert set(made.shards) == {SINGLE_NAME}, sorted(made.shards)
+        if set(made.shards) != {SINGLE_NAME}:
+            raise UserError(
+                f"{source}: missing, but the checkpoint's headers are of {len(made.shards)} shards; import it again"
+            )
         return
-    index = json.loads(source.read_bytes())
+    index = parse_index(read_bytes(source), source)
     if set(index["weight_map"]) == set(made.tensors) and not made.casts and not made.manifest.casts:
         shutil.copyfile(source, staging / INDEX_NAME)
         return
     names = [n for n in index["weight_map"] if n in made.tensors]
     total = sum(t.nbytes for t in made.tensors.values())
-    metadata = {**index.get("metadata", {}), "total_size": total}
+    metadata = {**(index.get("metadata") or {}), "total_size": total}
     write_json(staging / INDEX_NAME, {"metadata": metadata, "weight_map": {n: made.tensors[n].file for n in names}})
 
 
-def _certificate(made: ExportPlan, digests: dict[str, str], index_names: list[str]) -> dict[str, Any]:
+def _certificate(
+    made: ExportPlan, digests: dict[str, str], before: dict[str, str], index_names: list[str]
+) -> dict[str, Any]:
     """The parity certificate: what was written, against the digests that the import took of the source."""
     expected = made.manifest.digests
     status = {}
     for name in made.tensors:
         if name in made.casts:
-            status[name] = "cast"
+            status[name] = "cast" if before.get(name) in (None, expected.get(name)) else "different"
         elif name not in digests or name not in expected:
             status[name] = "unknown"
         elif digests[name] != expected[name]:

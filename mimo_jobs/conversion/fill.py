@@ -11,7 +11,7 @@ from mimo_jobs.families import family_of
 from mimo_jobs.modeling.build import BuiltModel
 from mimo_jobs.weights import plan as plans
 from mimo_jobs.weights import transfer
-from mimo_jobs.weights.dtypes import DTYPES, itemsize
+from mimo_jobs.weights.dtypes import DTYPES, cast_to, itemsize
 from mimo_jobs.weights.rules import stored_rows
 from mimo_jobs.weights.safetensors_io import HfCheckpoint, open_hf
 
@@ -50,17 +50,21 @@ def _box(piece: StoredPiece, matched: plans.Matched, rule: int, stored: int) -> 
 
 def read_box(files: transfer.Files, hf: HfCheckpoint, matched: plans.Matched, box: plans.Box) -> bytearray:
     """The bytes of a box of a checkpoint tensor, rows beyond the HF tensor zero, from the HF files."""
-    rule = matched.weight_map.rules[box.rule]
-    size, tensor = itemsize(matched.dtypes[box.rule]), rule.stored[box.stored]
-    raw = bytearray(box.rows * box.columns * size)
-    view, width, row_bytes = memoryview(raw), box.columns * size, tensor.row_elements * size
+    rule, dtype = matched.weight_map.rules[box.rule], matched.dtypes[box.rule]
+    tensor, width = rule.stored[box.stored], box.columns * itemsize(dtype)
+    raw = bytearray(box.rows * width)
     for run in stored_rows(matched.segments[box.rule], box.stored, box.row, box.row + box.rows):
         info = hf.tensors[rule.hf[run.hf].name]
+        size, cast = itemsize(info.dtype), cast_to(info.dtype, dtype)
+        row_bytes, part = tensor.row_elements * size, box.columns * size
         source, at = files.reader(hf.directory / info.file), info.offset + run.hf_row * row_bytes
-        into = view[(run.stored_row - box.row) * width :][: run.count * width]
-        if width == row_bytes:
-            transfer.read_full(source, into, at)
-            continue
-        for i in range(run.count):
-            transfer.read_full(source, into[i * width : (i + 1) * width], at + i * row_bytes + box.column * size)
+        into = memoryview(raw)[(run.stored_row - box.row) * width :][: run.count * width]
+        read = memoryview(bytearray(run.count * part)) if cast else into
+        if part == row_bytes:
+            transfer.read_full(source, read, at)
+        else:
+            for i in range(run.count):
+                transfer.read_full(source, read[i * part : (i + 1) * part], at + i * row_bytes + box.column * size)
+        if cast:
+            into[:] = cast(read)
     return raw

@@ -14,6 +14,7 @@ from mimo_jobs.checkpoint.manifest import (
     HF_DIR,
     PASSED_THROUGH_NAME,
     Manifest,
+    companion_digests,
     companion_files,
     read_config,
     versions,
@@ -21,7 +22,7 @@ from mimo_jobs.checkpoint.manifest import (
     write_manifest,
 )
 from mimo_jobs.conversion import publish
-from mimo_jobs.conversion.digests import file_threads, merged, slowest, tensor_digests
+from mimo_jobs.conversion.digests import file_blocks, file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.options import parse_options, written_config, written_shard
 from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
@@ -213,15 +214,19 @@ def _write_box(
     moved: Callable[[int], None],
 ) -> None:  # fmt: skip
     rule, target = made.matched.weight_map.rules[box.rule], files.writer(staging / chunk.file)
-    before, after = made.matched.dtypes[box.rule], made.dtypes[box.rule]
+    after = made.dtypes[box.rule]
     prefix, suffix = torch_dist.frame(after, chunk.sizes)
     transfer.write_full(target, prefix, chunk.offset)
-    tensor, size, cast = rule.stored[box.stored], itemsize(before), cast_to(before, after)
-    row_bytes, at = tensor.row_elements * size, chunk.offset + len(prefix)
+    tensor, at = rule.stored[box.stored], chunk.offset + len(prefix)
     for run in stored_rows(made.matched.segments[box.rule], box.stored, box.row, box.row + box.rows):
         info = made.hf.tensors[rule.hf[run.hf].name]
-        source = files.reader(made.hf.directory / info.file)
+        source, size, cast = (
+            files.reader(made.hf.directory / info.file),
+            itemsize(info.dtype),
+            cast_to(info.dtype, after),
+        )
         to = at + (run.stored_row - box.row) * box.columns * itemsize(after)
+        row_bytes = tensor.row_elements * size
         first = info.offset + run.hf_row * row_bytes
         if box.columns == tensor.row_elements:
             transfer.copy_range(source, first, target, to, run.count * row_bytes, moved, cast)
@@ -238,22 +243,27 @@ def _source_digests(made: ImportPlan, files: transfer.Files, world: World) -> di
     tensors = [made.hf.tensors[n] for n in names]
     mine = [n for n, rank in plans.spread(((t.name, t.nbytes) for t in tensors), world.size) if rank == world.rank]
     jobs = [
-        (n, made.hf.directory / made.hf.tensors[n].file, made.hf.tensors[n].offset, made.hf.tensors[n].nbytes,
-         cast_to(made.hf.tensors[n].dtype, made.casts.get(n, [None, None])[1]))
+        (
+            n,
+            file_blocks(
+                files, made.hf.directory, made.hf.tensors[n], cast_to(*made.casts[n]) if n in made.casts else None
+            ),
+        )
         for n in mine
-    ]  # fmt: skip
-    return tensor_digests(jobs, files, world, "digest", sum(t.nbytes for t in tensors))
+    ]
+    return tensor_digests(jobs, world, "digest", sum(t.nbytes for t in tensors))
 
 
 def _write_companions(made: ImportPlan, staging: Path) -> None:
     hf = staging / HF_DIR
-    (hf / HEADERS_DIR).mkdir(parents=True)
+    hf.mkdir()
+    (staging / HEADERS_DIR).mkdir()
     for file in companion_files(made.args.model):
         shutil.copyfile(file, hf / file.name)
     if made.config != read_config(made.args.model):
         write_json(hf / "config.json", made.config)
     for shard in made.exported.values():
-        (hf / HEADERS_DIR / f"{shard.name}.json").write_bytes(shard.header)
+        (staging / HEADERS_DIR / f"{shard.name}.json").write_bytes(shard.header)
     if made.hf.index is not None:
         (hf / INDEX_NAME).write_bytes(made.hf.index)
 
@@ -279,7 +289,7 @@ def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], world: Wor
             source={"path": str(made.args.model), "tensors": len(made.hf.tensors), "bytes": made.hf.nbytes},
             layout=made.args.layout.as_layout(), digests=digests, casts=made.casts, aliases=made.matched.aliases,
             passed_through=[n for n in made.matched.passed_through if n not in made.dropped], dropped=made.dropped,
-            files=made.files, versions=versions(),
+            files=made.files, companions=companion_digests(staging), versions=versions(),
         ),
         staging,
     )  # fmt: skip

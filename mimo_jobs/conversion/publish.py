@@ -10,7 +10,8 @@ from pathlib import Path
 from mimo_jobs.errors import UsageError, UserError
 
 _OWNER = ".owner.json"
-_CHECKPOINT_FILES = ("mimo.json", "config.json")
+_CHECKPOINT_FILES = ("mimo.json", "model.safetensors.index.json", "model.safetensors")
+MAX_NAME = 180  # bytes; the name of the staging directory, with its run id, is at most 255 (ext4, xfs, NFS, Lustre)
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
 
 
@@ -24,6 +25,8 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None) -> N
     real = target.resolve()
     if source is not None and (real.is_relative_to(source.resolve()) or source.resolve().is_relative_to(real)):
         raise UsageError(f"target={target} and the source {source} lie in one another; give another target")
+    if len(os.fsencode(target.name)) > MAX_NAME:
+        raise UserError(f"{target}: the last part of the name is too long; use at most {MAX_NAME} bytes")
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise UserError(
             f"{target}: exists; choose another target, or give overwrite=true to replace it when the new one is complete"

@@ -18,9 +18,10 @@ from typing import Any
 
 from mimo_jobs.errors import JobFailed
 
-CONNECT_SECONDS = 600  # ranks of a big Slurm job start minutes apart
+CONNECT_SECONDS = 600 if "SLURM_JOB_ID" in os.environ else 120  # ranks of a big Slurm job start minutes apart
 GRACE_SECONDS = 5  # a rank stuck in a system call is ended this long after another failed
-INTERRUPT_SECONDS = 0.5
+INTERRUPT_SECONDS = 1.0
+RECENT_SECONDS = 10
 REPORT_SECONDS = 0.2
 
 
@@ -42,12 +43,14 @@ class World:
         self._results: dict[str, dict[int, Any]] = {}
         self._answers: dict[str, Any] = {}
         self._peers: dict[int, socket.socket] = {}
+        self._server: socket.socket | None = None
         self._left: set[int] = set()
         self._done: dict[int, int] = {}
         self._phase, self._total, self._unit = "", 0, "B"
         self._reported = 0.0
         self._pending = 0
         self._closing = False
+        self._born = time.time()
         self._watchdog: threading.Timer | None = None
         self._readers: list[threading.Thread] = []
         self._clean_ups: list[Callable[[], None]] = []
@@ -65,7 +68,12 @@ class World:
     def __enter__(self) -> "World":
         if self.size > 1:
             assert self.record is not None, "ranks find each other through the record directory"
-            self._listen() if self.rank == 0 else self._connect()
+            try:
+                self._listen() if self.rank == 0 else self._connect()
+                self.check()
+            except BaseException as error:
+                self.__exit__(type(error), error, None)
+                raise
         return self
 
     @property
@@ -77,17 +85,20 @@ class World:
     def _listen(self) -> None:
         server = socket.create_server(("", 0), backlog=self.size)
         self._server, token = server, secrets.token_hex(16)
-        address = {"port": server.getsockname()[1], "token": token, "hosts": _own_hosts()}
+        address = {"port": server.getsockname()[1], "token": token, "hosts": _own_hosts(), "pid": os.getpid()}
         temporary = self._address_file.with_suffix(".tmp")
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(address, file)
         os.replace(temporary, self._address_file)
         deadline = time.monotonic() + CONNECT_SECONDS
         while len(self._peers) < self.size - 1:
-            server.settimeout(max(0.1, deadline - time.monotonic()))
+            self.check()
+            server.settimeout(0.2)
             try:
                 peer, _ = server.accept()
             except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
                 missing = sorted(set(range(1, self.size)) - set(self._peers))
                 raise JobFailed(f"ranks {missing} did not start within {CONNECT_SECONDS} s of rank 0") from None
             peer.settimeout(10)
@@ -99,24 +110,43 @@ class World:
                 continue
             peer.settimeout(None)
             self._peers[hello["rank"]] = peer
-        for rank, peer in self._peers.items():
-            self._start_reader(peer, rank)
+            self._start_reader(peer, hello["rank"])  # at once: a rank that dies while others start is seen
 
     def _connect(self) -> None:
         deadline, own = time.monotonic() + CONNECT_SECONDS, socket.gethostname()
         while True:
             try:
                 address = json.loads(self._address_file.read_text())
+                if "failed" in address and self._is_recent():
+                    raise JobFailed(address["failed"])
                 hosts = ["127.0.0.1"] if own in address["hosts"] else address["hosts"]
                 peer = _first_connection(hosts, address["port"])
                 break
-            except (OSError, ValueError):
+            except (OSError, ValueError, KeyError) as error:
+                if isinstance(error, JobFailed):
+                    raise
+                if self._rank_0_is_dead():
+                    raise JobFailed("rank 0 ended before the others had started; see its log") from None
                 if time.monotonic() > deadline:
                     raise JobFailed(f"rank {self.rank} could not reach rank 0 within {CONNECT_SECONDS} s") from None
                 time.sleep(0.05)
         peer.sendall(_line({"token": address["token"], "rank": self.rank}))
         self._peers[0] = peer
         self._start_reader(peer, 0)
+
+    def _rank_0_is_dead(self) -> bool:
+        """Whether rank 0 published an address of this run, on this host, and its process is gone."""
+        try:
+            if not self._is_recent():
+                return False
+            address = json.loads(self._address_file.read_text())
+            return address["hosts"][0] == socket.gethostname() and not Path(f"/proc/{address['pid']}").exists()
+        except (OSError, ValueError, KeyError, IndexError):
+            return False
+
+    def _is_recent(self) -> bool:
+        """Not left by an earlier run of the same record."""
+        return self._address_file.stat().st_mtime > self._born - RECENT_SECONDS
 
     # ------------------------------------------------------------------------------------------------- messages
 
@@ -162,13 +192,13 @@ class World:
                 return
             self.failure = (rank, message)
             self._arrived.notify_all()
+            if rank != self.rank:
+                self._watchdog = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+                self._watchdog.daemon = True
+                self._watchdog.start()
         if self.rank == 0:
-            for peer in self._peers:
+            for peer in list(self._peers):
                 self._send(peer, {"kind": "failed", "rank": rank, "message": message})
-        if rank != self.rank:
-            self._watchdog = threading.Timer(GRACE_SECONDS, os._exit, (1,))
-            self._watchdog.daemon = True
-            self._watchdog.start()
 
     def check(self) -> None:
         """Raise `JobFailed` with the first error when another rank has failed."""
@@ -194,7 +224,7 @@ class World:
         """Rank 0's JSON value on every rank."""
         if self.rank == 0:
             self.check()
-            for peer in self._peers:
+            for peer in list(self._peers):
                 self._send(peer, {"kind": "answer", "name": name, "value": value})
             return value
         with self._arrived:
@@ -286,22 +316,32 @@ class World:
             else:
                 self.failure = (self.rank, message)
                 self._send(0, {"kind": "failed", "rank": self.rank, "message": message})
-        self._closing = True
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        for peer in self._peers:
+        with self._lock:
+            self._closing = True
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+        for peer in list(self._peers):
             self._send(peer, {"kind": "leave"})
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             with contextlib.suppress(OSError):
                 peer.shutdown(socket.SHUT_WR)
         if self.rank == 0:
-            if self.size > 1:
+            if self._server is not None:
                 self._server.close()
-                self._address_file.unlink(missing_ok=True)
+                self._leave_word_for_late_ranks()
             if error is not None:
                 self._after_all_ranks()
         if isinstance(error, KeyboardInterrupt) and heard is not None:
             raise JobFailed(heard[1]) from None
+
+    def _leave_word_for_late_ranks(self) -> None:
+        """The address goes; a rank that was still to come finds the failure in its place."""
+        if self.failure is None or len(self._peers) == self.size - 1:
+            self._address_file.unlink(missing_ok=True)
+            return
+        temporary = self._address_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"failed": self.failure[1]}))
+        os.replace(temporary, self._address_file)
 
     def _after_all_ranks(self) -> None:
         """Run the clean-ups when every other rank is gone, or had its time to go."""

@@ -13,7 +13,7 @@ from typing import Protocol
 from mimo_jobs.errors import UsageError, UserError, did_you_mean
 from mimo_jobs.families.spec import BoundRule, BoundTensor, Cut, WeightMap
 from mimo_jobs.layout import Component, ResolvedLayout, check_divides, padded_vocab, stage_layers
-from mimo_jobs.weights.dtypes import itemsize
+from mimo_jobs.weights.dtypes import itemsize, widest
 from mimo_jobs.weights.rules import Segment, segments
 
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -49,7 +49,7 @@ class Matched:
 
     Attributes:
         segments: per rule, `rules.segments`.
-        dtypes: per rule, the dtype of its HF tensors.
+        dtypes: per rule, the dtype of its HF tensors; when they differ, the one that holds all of them exactly.
         aliases: tied names that the checkpoint does hold -> the name they repeat.
         passed_through: names carried untouched.
     """
@@ -90,12 +90,11 @@ def match(weight_map: WeightMap, headers: Mapping[str, Header], where: str) -> M
         for tensor in rule.hf:
             _check_header(tensor, headers[tensor.name], where)
         kinds = {headers[t.name].dtype for t in rule.hf}
-        if len(kinds) > 1:
+        together = widest(kinds)
+        if together is None:
             named = ", ".join(f"{t.name} {headers[t.name].dtype}" for t in rule.hf)
-            raise UserError(
-                f"{where}: tensors that are stored as one have different dtypes: {named}; give dtype= to cast"
-            )
-        dtypes.append(kinds.pop())
+            raise UserError(f"{where}: tensors that are stored as one have dtypes that none holds exactly: {named}")
+        dtypes.append(together)
     for name, target in aliases.items():
         if (headers[name].dtype, headers[name].shape) != (headers[target].dtype, headers[target].shape):
             raise UserError(f"{where}: {name} is tied to {target} (tie_word_embeddings) but differs in shape or dtype")

@@ -11,9 +11,11 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mimo_jobs.errors import UserError, did_you_mean
 from mimo_jobs.weights.dtypes import DTYPES, itemsize
+from mimo_jobs.weights.json_files import parse_object, read_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -79,8 +81,8 @@ def open_hf(directory: Path) -> HfCheckpoint:
             raise UserError(f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME} is there{found}")
         shard = read_shard(directory / SINGLE_NAME)
         return HfCheckpoint(directory, {shard.name: shard}, dict(shard.tensors), None)
-    raw = index_path.read_bytes()
-    weight_map = _parse_index(raw, index_path)
+    raw = read_bytes(index_path)
+    weight_map = parse_index(raw, index_path)["weight_map"]
     shards = {}
     for name in dict.fromkeys(weight_map.values()):
         if name != os.path.basename(name) or not name.endswith(".safetensors"):
@@ -109,29 +111,22 @@ def open_hf(directory: Path) -> HfCheckpoint:
     return HfCheckpoint(directory, shards, tensors, raw)
 
 
-def _parse_index(raw: bytes, path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(raw, object_pairs_hook=_unique)
-        weight_map = index["weight_map"]
-        assert isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
-        assert weight_map
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: not a weight index (expected JSON with a non-empty weight_map): {error}") from None
-    return weight_map
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [k for k, _ in pairs]
-        twice = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"{twice!r} is listed twice")
-    return found
+def parse_index(raw: bytes, path: Path) -> dict[str, Any]:
+    """The index, checked: ``weight_map`` names a file for every tensor. Raises `UserError`."""
+    index = parse_object(raw, path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{path}: not a weight index: expected a non-empty weight_map from tensor names to file names")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise UserError(f"{path}: metadata is {type(index['metadata']).__name__}, expected a JSON object")
+    return index
 
 
 def read_shard(path: Path) -> Shard:
     """Read and check the header of one ``.safetensors`` file. Raises `UserError` naming the file and the tensor."""
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: is not a regular file")
         size = path.stat().st_size
         with open(path, "rb") as file:
             length_bytes = file.read(8)
@@ -148,18 +143,17 @@ def read_shard(path: Path) -> Shard:
 
 def parse_header(header: bytes, path: Path, size: int) -> Shard:
     """Check a JSON header against a file of ``size`` bytes; see `read_shard`."""
-    try:
-        entries = json.loads(header, object_pairs_hook=_unique)
-        assert isinstance(entries, dict), "expected a JSON object"
-        metadata = entries.pop("__metadata__", None) or {}
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{path}: damaged header: {error}") from None
+    entries = parse_object(header, f"{path}: header")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: __metadata__ is no map from names to strings")
     base, tensors = 8 + len(header), {}
     spans = []
     for name, entry in entries.items():
         try:
             dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            assert all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+            assert isinstance(dtype, str)
+            assert all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, start, stop))
         except (KeyError, TypeError, ValueError, AssertionError):
             raise UserError(f"{path}: tensor {name}: damaged header entry {entry!r}") from None
         if dtype not in DTYPES:

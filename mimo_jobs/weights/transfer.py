@@ -147,18 +147,15 @@ def gather_columns(
         moved(len(block))
 
 
-def join_columns(
-    parts: list[tuple[int, int, int, int]],
-    row_bytes: int,
-    rows: int,
-    target: int,
-    target_offset: int,
-    moved: Moved,
-    cast: Cast | None = None,
-) -> None:
-    """Whole rows from blocks of columns: each part is ``(fd, offset, first, stop)`` with ``[first, stop)`` its place
-    in the row, in bytes; a part's own rows are contiguous in its file, and so are the rows written.
-    """
+# fd, offset of its first row, and its place in the joined row in bytes; a part's own rows are contiguous in its file
+Part = tuple[int, int, int, int]
+
+
+def joined_rows(parts: list[Part], row_bytes: int, rows: int) -> Iterator[memoryview]:
+    """Whole rows from blocks of columns, a block of this thread's buffer at a time."""
+    if len(parts) == 1:
+        yield from blocks(parts[0][0], parts[0][1], rows * row_bytes)
+        return
     per_block = max(1, min(IOV_MAX, BLOCK // row_bytes))
     for row in range(0, rows, per_block):
         count = min(per_block, rows - row)
@@ -166,8 +163,24 @@ def join_columns(
         for fd, offset, first, stop in parts:
             into = [joined[i * row_bytes + first : i * row_bytes + stop] for i in range(count)]
             scatter_full(fd, into, offset + row * (stop - first))
-        _write(target, joined, target_offset, row * row_bytes, cast)
-        moved(count * row_bytes)
+        yield joined
+
+
+def write_rows(
+    parts: list[Part],
+    row_bytes: int,
+    rows: int,
+    target: int,
+    target_offset: int,
+    moved: Moved,
+    cast: Cast | None = None,
+) -> None:
+    """Write joined rows one after another at ``target_offset``."""
+    done = 0
+    for block in joined_rows(parts, row_bytes, rows):
+        _write(target, block, target_offset, done, cast)
+        done += len(block)
+        moved(len(block))
 
 
 def _write(target: int, block: memoryview, target_offset: int, done: int, cast: Cast | None) -> None:

@@ -20,7 +20,11 @@ def big(tmp_path_factory):
     """A source of 0.3 GB, so that a job can be hit while it moves bytes, and its import."""
     work = tmp_path_factory.mktemp("big")
     source = make_hf(work / "hf", config_of(vocab=300_000, hidden=256, ffn=64))
-    assert wait(start_worker(work / "r", "import_hf", LAYOUT, model=source, target=work / "mimo")) == [0, 0, 0]
+    assert wait(start_worker(work / "r", "import_hf", LAYOUT, model=source, fsync=False, target=work / "mimo")) == [
+        0,
+        0,
+        0,
+    ]
     return source, work / "mimo"
 
 
@@ -41,7 +45,7 @@ def when_staged(target, ranks):
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_ends_all_within_seconds_and_is_named(tmp_path, big, victim):
     _, mimo = big
-    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, target=tmp_path / "out")
+    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, fsync=False, target=tmp_path / "out")
     when_staged(tmp_path / "out", ranks)
     os.kill(ranks[victim].pid, signal.SIGKILL)
     started = time.monotonic()
@@ -56,7 +60,7 @@ def test_a_killed_rank_ends_all_within_seconds_and_is_named(tmp_path, big, victi
 
 def test_a_launcher_that_interrupts_the_others_does_not_hide_who_died(tmp_path, big):
     _, mimo = big
-    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, target=tmp_path / "out")
+    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, fsync=False, target=tmp_path / "out")
     when_staged(tmp_path / "out", ranks)
     os.kill(ranks[1].pid, signal.SIGKILL)
     for survivor in (ranks[0], ranks[2]):
@@ -66,22 +70,40 @@ def test_a_launcher_that_interrupts_the_others_does_not_hide_who_died(tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_others_start_is_noticed(tmp_path, big, victim):
+    """The last rank is held back, so that the others wait for it when the victim dies."""
+    _, mimo = big
+    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, fsync=False, target=tmp_path / "out")
+    os.kill(ranks[2].pid, signal.SIGSTOP)
+    while not list((tmp_path / "r").glob(".rank0-address*.json")):
+        time.sleep(0.01)
+    time.sleep(1)
+    os.kill(ranks[victim].pid, signal.SIGKILL)
+    os.kill(ranks[2].pid, signal.SIGCONT)
+    codes = wait(ranks, 20)
+    assert codes[victim] == -signal.SIGKILL and all(c == 1 for i, c in enumerate(codes) if i != victim)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_killed_job_publishes_nothing_and_the_next_one_clears_up(tmp_path, big):
     source, mimo = big
-    ranks = start_worker(tmp_path / "r1", "export_hf", LAYOUT, source=mimo, target=tmp_path / "out")
+    ranks = start_worker(tmp_path / "r1", "export_hf", LAYOUT, source=mimo, fsync=False, target=tmp_path / "out")
     when_staged(tmp_path / "out", ranks)
     for rank in ranks:
         os.kill(rank.pid, signal.SIGKILL)
     wait(ranks)
     assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out.partial-*"))
-    assert wait(start_worker(tmp_path / "r2", "export_hf", OTHER, source=mimo, target=tmp_path / "out")) == [0, 0, 0]
+    assert wait(
+        start_worker(tmp_path / "r2", "export_hf", OTHER, source=mimo, fsync=False, target=tmp_path / "out")
+    ) == [0, 0, 0]
     assert_same_directory(source, tmp_path / "out")
     assert not list(tmp_path.glob(".out.partial-*"))
 
 
 def test_a_terminated_job_tidies_up(tmp_path, big):
     _, mimo = big
-    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, target=tmp_path / "out")
+    ranks = start_worker(tmp_path / "r", "export_hf", LAYOUT, source=mimo, fsync=False, target=tmp_path / "out")
     when_staged(tmp_path / "out", ranks)
     for rank in ranks:
         rank.terminate()
@@ -93,8 +115,12 @@ def test_a_terminated_job_tidies_up(tmp_path, big):
 def test_a_job_killed_while_it_replaces_leaves_the_old_one_whole(tmp_path, big):
     source, mimo = big
     target = tmp_path / "out"
-    assert wait(start_worker(tmp_path / "r1", "export_hf", LAYOUT, source=mimo, target=target)) == [0, 0, 0]
-    ranks = start_worker(tmp_path / "r2", "export_hf", OTHER, source=mimo, target=target, overwrite=True)
+    assert wait(start_worker(tmp_path / "r1", "export_hf", LAYOUT, source=mimo, fsync=False, target=target)) == [
+        0,
+        0,
+        0,
+    ]
+    ranks = start_worker(tmp_path / "r2", "export_hf", OTHER, source=mimo, fsync=False, target=target, overwrite=True)
     when_staged(target, ranks)
     for rank in ranks:
         os.kill(rank.pid, signal.SIGKILL)
@@ -119,7 +145,7 @@ def test_a_rank_on_a_full_disk_stops_all_with_its_error(tmp_path, big, full):
 
 def test_a_source_truncated_under_a_running_import_is_an_error(tmp_path):
     source = make_hf(tmp_path / "hf", config_of(vocab=200_000, hidden=256, ffn=64), single=True)
-    ranks = start_worker(tmp_path / "r", "import_hf", LAYOUT, model=source, target=tmp_path / "mimo")
+    ranks = start_worker(tmp_path / "r", "import_hf", LAYOUT, model=source, fsync=False, target=tmp_path / "mimo")
     while not list(tmp_path.glob(".mimo.partial-*/*.distcp")) and all(r.poll() is None for r in ranks):
         pass
     os.truncate(source / "model.safetensors", 1_000_000)

@@ -87,6 +87,22 @@ def test_a_tied_head_that_is_in_the_files_comes_back_and_must_be_the_embedding(t
     convert(tmp_path / "r1", "import", APART, model=str(source), target=str(tmp_path / "mimo"))
     convert(tmp_path / "r2", "export", STAGES, source=str(tmp_path / "mimo"), target=str(tmp_path / "out"))
     assert_same_directory(source, tmp_path / "out")
+    cast = {"target": str(tmp_path / "wide"), "dtype": "fp32"}
+    convert(tmp_path / "r3", "export", STAGES, source=str(tmp_path / "mimo"), **cast)
+    tensors = open_hf(tmp_path / "wide").tensors
+    assert tensors["lm_head.weight"].dtype == tensors[embed[0]].dtype == "F32"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_tensor_keeps_its_own_dtype_also_where_several_are_stored_as_one(tmp_path, seed):
+    """Hostile bits in BF16, F16 and F32, mixed at random over every tensor: gate F16 beside up F32, q BF16 beside k F16 ..."""
+    rng, config = random.Random(seed), config_of()
+    entries = [(n, rng.choice(["BF16", "F16", "F32"]) if d != "I64" else d, s) for n, d, s in entries_of(config)]
+    source = make_hf(tmp_path / "hf", config, entries=entries, seed=seed)
+    convert(tmp_path / "r1", "import", APART, model=str(source), target=str(tmp_path / "mimo"))
+    summary = convert(tmp_path / "r2", "export", STAGES, source=str(tmp_path / "mimo"), target=str(tmp_path / "out"))
+    assert_same_directory(source, tmp_path / "out")
+    assert summary["parity"]["cast"] == summary["parity"]["unknown"] == 0
 
 
 @pytest.mark.parametrize("when", ["import", "export"])
@@ -191,12 +207,16 @@ def test_overwrite_replaces_only_when_asked(tmp_path):
         ("file", "is a file"),
         ("file/inside", "is a file"),
         ("home", "so it is no checkpoint"),
+        ("project", "so it is no checkpoint"),
+        ("n" * 240, "too long"),
     ],
 )
 def test_overwrite_never_touches_what_is_no_checkpoint(tmp_path, target, said):
     source = make_hf(tmp_path / "hf")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("years")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/config.json").write_text("{}")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "home")
     before = sorted(p for p in tmp_path.rglob("*"))
@@ -215,7 +235,8 @@ def test_overwrite_never_touches_what_is_no_checkpoint(tmp_path, target, said):
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
-def test_a_flipped_bit_in_the_checkpoint_is_found_and_nothing_is_published(tmp_path):
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_a_flipped_bit_in_the_checkpoint_is_found_and_nothing_is_published(tmp_path, dtype):
     source = make_hf(tmp_path / "hf")
     convert(tmp_path / "r1", "import", APART, model=str(source), target=str(tmp_path / "m"))
     file = tmp_path / "m/__1_0.distcp"
@@ -223,7 +244,7 @@ def test_a_flipped_bit_in_the_checkpoint_is_found_and_nothing_is_published(tmp_p
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
     with pytest.raises(UserError, match=r"1 of \d+ tensors differ from what was imported"):
-        convert(tmp_path / "r2", "export", APART, source=str(tmp_path / "m"), target=str(tmp_path / "o"))
+        convert(tmp_path / "r2", "export", APART, source=str(tmp_path / "m"), target=str(tmp_path / "o"), dtype=dtype)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith((".o", "o"))] == []
 
 
@@ -242,8 +263,21 @@ def test_a_flipped_bit_in_the_checkpoint_is_found_and_nothing_is_published(tmp_p
         ),
         (lambda m: (m / ".metadata").write_bytes(b"junk"), ".metadata: damaged"),
         (lambda m: (m / ".metadata").unlink(), "not a torch_dist checkpoint"),
-        (lambda m: [p.unlink() for p in (m / "hf/headers").iterdir()], "holds no shard header"),
+        (
+            lambda m: [p.unlink() for p in (m / "headers").iterdir()],
+            "headers/model-00001-of-00003.safetensors.json: missing",
+        ),
         (lambda m: (m / "mimo.json").write_text("{"), "mimo.json: damaged"),
+        (lambda m: (m / "mimo.json").write_text("[" * 100_000), "mimo.json: damaged"),
+        (lambda m: (m / "mimo.json").write_text('{"format": 1, "files": []}'), "mimo.json: damaged: files is list"),
+        (lambda m: (m / "hf/config.json").write_text("{"), "hf/config.json: is not what the import left"),
+        (lambda m: (m / "hf/tokenizer.json").write_text(""), "hf/tokenizer.json: is not what the import left"),
+        (lambda m: (m / "hf/chat_template.jinja").unlink(), "hf/chat_template.jinja: missing"),
+        (lambda m: (m / "hf/model.safetensors.index.json").unlink(), "index.json: missing"),
+        (
+            lambda m: (m / "headers/model-00002-of-00003.safetensors.json").unlink(),
+            "00002-of-00003.safetensors.json: missing",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path, damage, said):

@@ -138,8 +138,8 @@ def test_export_shares_hand_every_row_to_one_holder():
          ["no rule", "gate_projj"]),
         (lambda h: h.update({"lm_head.weight": Header("BF16", (3, 4))}), ["lm_head.weight", "[3, 4]", "[248320, 5120]"]),
         (lambda h: h.update({"lm_head.weight": Header("I64", h["lm_head.weight"].shape)}), ["lm_head.weight", "I64"]),
-        (lambda h: h.update({"model.language_model.layers.0.mlp.up_proj.weight": Header("F32", (17408, 5120))}),
-         ["up_proj", "different dtypes"]),
+        (lambda h: h.update({"model.language_model.layers.0.mlp.up_proj.weight": Header("F64", (17408, 5120))}),
+         ["up_proj", "none holds exactly"]),
     ],
 )  # fmt: skip
 def test_keys_that_do_not_match_are_named(change, said):
