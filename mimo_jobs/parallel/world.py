@@ -172,7 +172,11 @@ class World:
                 self._done[rank] = message["done"]
             self._write_progress()
         elif kind == "leave":
-            self._left.add(rank)
+            if message["failure"] is not None:
+                self._fail(*message["failure"])
+            with self._arrived:
+                self._left.add(rank)
+                self._arrived.notify_all()
         else:
             with self._arrived:
                 if kind == "result":
@@ -216,8 +220,11 @@ class World:
         with self._arrived:
             results = self._results.setdefault(name, {})
             results[0] = value
-            self._arrived.wait_for(lambda: len(results) == self.size or self.failure is not None)
+            self._arrived.wait_for(
+                lambda: len(results) == self.size or self.failure is not None or bool(self._left - results.keys())
+            )
         self.check()
+        assert len(results) == self.size, f"ranks {sorted(self._left)} left before {name}"
         return [results[r] for r in range(self.size)]
 
     def broadcast(self, name: str, value: Any = None) -> Any:
@@ -228,8 +235,9 @@ class World:
                 self._send(peer, {"kind": "answer", "name": name, "value": value})
             return value
         with self._arrived:
-            self._arrived.wait_for(lambda: name in self._answers or self.failure is not None)
+            self._arrived.wait_for(lambda: name in self._answers or self.failure is not None or 0 in self._left)
         self.check()
+        assert name in self._answers, f"rank 0 left before {name}"
         return self._answers[name]
 
     def barrier(self, name: str) -> None:
@@ -321,7 +329,7 @@ class World:
             if self._watchdog is not None:
                 self._watchdog.cancel()
         for peer in list(self._peers):
-            self._send(peer, {"kind": "leave"})
+            self._send(peer, {"kind": "leave", "failure": self.failure})  # may overtake _fail's own message
         for peer in list(self._peers.values()):
             with contextlib.suppress(OSError):
                 peer.shutdown(socket.SHUT_WR)
