@@ -133,26 +133,31 @@ def outcome(job: Job) -> Outcome:
     result = read_json(job.record / "result.json")
     if result is None:
         tail = log_tail(job.record)
-        how = _death(job.record) or f"{job.name} ended without a result: killed, or out of memory"
+        death = _death(job.record)
+        how = death[1] if death else f"{job.name} ended without a result: killed, or out of memory"
         return Outcome({}, f"{how}\n{tail}" if tail else how, 1)
     if result.get("status") == "ok":
         return Outcome(result.get("summary") or {})
     error = result.get("error") or {}
-    return Outcome({}, str(error.get("message") or "failed without a message"), 1)
+    message = str(error.get("message") or "failed without a message")
+    if message == "interrupted":  # by torchrun, perhaps, because another rank died that could not say so itself
+        death = _death(job.record)
+        if death and death[0] != error.get("rank"):
+            message = death[1]
+    return Outcome({}, message, 1)
 
 
-def _death(record: Path) -> str:
-    """How the first rank died, from torchrun's own report; ``""`` when there is none."""
+def _death(record: Path) -> tuple[int, str] | None:
+    """The rank that died first, and how, from torchrun's own report; None when there is none."""
     for path in record.glob("**/stderr.log"):
         found = ROOT_CAUSE.search(path.read_text(errors="replace"))
         if found:
-            rank, code = found["rank"], int(found["code"])
-            if code < 0:
-                return f"rank {rank} was killed by {signal.Signals(-code).name}" + (
-                    "; out of memory?" if code == -9 else ""
-                )
-            return f"rank {rank} ended with exit code {code}"
-    return ""
+            rank, code = int(found["rank"]), int(found["code"])
+            if code >= 0:
+                return rank, f"rank {rank} ended with exit code {code}"
+            guess = "; out of memory?" if code == -9 else ""
+            return rank, f"rank {rank} was killed by {signal.Signals(-code).name}{guess}"
+    return None
 
 
 def logs(record: Path) -> list[Path]:

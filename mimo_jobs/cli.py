@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMMANDS = ("recipes", "verify")
 SHORT = {"-h": "--help", "-y": "--yes"}
 WITH_VALUE = ("--executor",)
+DEBUG = "MIMO_JOBS_DEBUG"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +51,12 @@ def guarded(work: Callable[[], int]) -> int:
         return 0
     except OSError as error:  # a full disk, a directory without permission
         print(f"{_red(PROGRAM)}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if DEBUG in os.environ:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
+        print(f"{_red(PROGRAM)}: {text} (a defect; set {DEBUG}=1 for the traceback)", file=sys.stderr)
         return 1
 
 

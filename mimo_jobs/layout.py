@@ -135,7 +135,9 @@ def resolve(components: Mapping[str, ComponentLayout], world_size: int | None) -
     placed, problem = (None, "") if same_offset else _place_disjoint(ordered, world_size)
     if placed is None and len(set(given)) <= 1 and (same_offset or not given or given[0] == 0):
         colocated, colocated_problem = _place_colocated(ordered, world_size)
-        if colocated is not None:
+        language = ordered.get(LANGUAGE)
+        ambiguous = "ways; choose one" in problem and language is not None and (language.pp > 1 or language.cp > 1)
+        if colocated is not None and not ambiguous:
             return _checked(colocated, world_size, colocated=len(ordered) > 1)
         problem = problem if not same_offset else colocated_problem
     if placed is None:
@@ -183,9 +185,14 @@ def check_batch(layout: ResolvedLayout, global_batch_size: int, micro_batch_size
             )
 
 
+MOST_RANKS = 1 << 20  # far beyond any machine: a typing mistake is answered at once
+
+
 def _check_int(field: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{field}={value!r}: expected an integer of at least {least}")
+    if value > MOST_RANKS:
+        raise UsageError(f"{field}={value}: expected at most {MOST_RANKS}")
 
 
 def _check_sizes(name: str, c: ComponentLayout) -> None:
@@ -259,7 +266,10 @@ def _fillings(units: list[int], left: int) -> list[tuple[int, ...]]:
     if len(units) == 1 or len(units) > 2:
         return found
     others = ((dp, (left - units[0] * dp) // units[1]) for dp in range(1, (left - units[1]) // units[0] + 1))
-    return found + [dp for dp in others if units[0] * dp[0] + units[1] * dp[1] == left and dp not in found]
+    fitting = (dp for dp in others if units[0] * dp[0] + units[1] * dp[1] == left and dp not in found)
+    return found + list(
+        itertools.islice(fitting, 4096)
+    )  # worlds up to 4096 ranks whole; beyond, offsets may need dp too
 
 
 def _tile(

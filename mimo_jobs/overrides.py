@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from recipes import RECIPES
 
 NONE_WORDS = ("none", "null")
 BOOL_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 REQUIRED = dataclasses.MISSING
 
 
@@ -187,14 +189,22 @@ def read(field: Field, text: str) -> Any:
             raise _wrong(field, text, did_you_mean(text, choices))
         if base is bool and text.lower() in BOOL_WORDS:
             return BOOL_WORDS[text.lower()]
-        if base is int and text.lstrip("+-").isascii() and text.lstrip("+-").isdigit():
-            return int(text)
+        if base is int and INTEGER.fullmatch(text):
+            return _in_range(field, int(text))
         if base is str:
             if not text or "\0" in text:
                 problem = "a NUL byte" if text else "an empty value"
                 raise UsageError(f"{field.path}={text!r}: expected {type_name(field.type)}, got {problem}")
             return paths.absolute(text) if hint is jobs.Dir else text
     raise _wrong(field, text, "")
+
+
+def _in_range(field: Field, value: int) -> int:
+    """`ParallelLayout.resolve` says the same, but only once the recipe is built, and that imports Fiddle."""
+    least = 0 if field.path.endswith(".rank_offset") else 1
+    if field.path.startswith("layout.") and value < least:
+        raise UsageError(f"{field.path}={value}: expected an integer of at least {least}")
+    return value
 
 
 def _wrong(field: Field, text: str, hint: str) -> UsageError:

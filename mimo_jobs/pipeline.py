@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,10 +142,20 @@ def _launch(run: Run, step: Step, watch: Any) -> dict[str, Any]:
     run.launcher.launch(job, watch)
     ended = outcome(job)
     if ended.error is not None:
+        _clear_staging(step, job.run_id)
         error = UserError(f"{step.name}: {ended.error}\n  the ranks' logs are in {job.record}")
         error.exit_code = ended.exit_code
         raise error
     return ended.summary
+
+
+def _clear_staging(step: Step, run_id: str) -> None:
+    """Remove what a failed step was writing; its rank 0 does that itself, unless it was killed."""
+    if "target" not in step.arguments:
+        return
+    from mimo_jobs.conversion.publish import staging_of
+
+    shutil.rmtree(staging_of(Path(step.arguments["target"]), run_id), ignore_errors=True)
 
 
 def _run_here(step: Step, watch: Any) -> dict[str, Any]:

@@ -5,47 +5,57 @@ Run by torchrun or srun for every rank; run by hand it repeats the job, or one r
 0 done, 1 failed, 2 a wrong JOB.json.
 """
 
+import signal
+
+if __name__ == "__main__":  # before the slow imports, so that an early Ctrl-C is no traceback of one of them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
+import ctypes
 import dataclasses
 import inspect
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
 import traceback
+import types
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mimo_jobs.errors import UsageError, UserError, did_you_mean
 
 SCHEMA = 1
 PATIENCE_SECONDS = 1.0
-KEYS = ("schema", "job", "run_id", "world_size", "record", "arguments")
+STALE_SECONDS = 3.0  # ranks of one attempt start closer together than this, a repetition by hand comes later
+KEYS = {"schema": int, "job": str, "run_id": str, "world_size": int, "record": str, "arguments": dict}
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    # A scheduler's or torchrun's SIGTERM ends a rank as Ctrl-C does: tidied up, and with a word to the others.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     record: Path | None = None
     world: Any = None
     try:
+        # A scheduler's or torchrun's SIGTERM ends a rank as Ctrl-C does: tidied up, and with a word to the others.
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
+        _end_with_torchrun()
         if len(arguments) != 1:
             raise UsageError("usage: python -m mimo_jobs.worker JOB.json")
         job = read_job(Path(arguments[0]))
         record = Path(job["record"])
-        from mimo_jobs.parallel.world import World
-
-        with World.from_env(record=record, run_id=job["run_id"]) as world:
-            if world.size != job["world_size"]:
-                raise UsageError(
-                    f"{arguments[0]} is for {job['world_size']} ranks, started with {world.size}: start it with "
-                    f"torchrun --nproc-per-node {job['world_size']} -m mimo_jobs.worker, or set RANK and WORLD_SIZE"
-                )
-            summary = job["function"](**job["arguments"], world=world)
+        world = _world(arguments[0], job)
+        if world.rank == 0:
+            _remove_stale(record, alone=world.size == 1)
+        with world:
+            try:
+                summary = job["function"](**job["arguments"], world=world)
+            finally:
+                _ignore_signals()  # it is published, or failing already: only the word to the others is left
         if world.rank == 0:
             write_result(record, {"status": "ok", "summary": summary})
             print(json.dumps(summary, default=str))
@@ -54,7 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(record, world, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _failed(record, world, "interrupted", 1)
+    except OSError as error:  # a full disk, a directory without permission
+        text = error.strerror or str(error)
+        return _failed(record, world, f"{error.filename}: {text}" if error.filename else text, 1)
     except Exception as error:  # whatever it is, the record must say so
+        _ignore_signals()
         traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
@@ -62,11 +76,58 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(record, world, text, 1)
 
 
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    _ignore_signals()  # torchrun and Slurm repeat themselves; a second one would cut off the last word of the first
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_with_torchrun() -> None:
+    """Have this rank interrupted when its torchrun dies, even of SIGKILL: nobody would hear of what it publishes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():  # in a container torchrun may be 1
+        raise KeyboardInterrupt  # it died before the call above
+
+
+def _world(file: str, job: dict[str, Any]) -> Any:
+    from mimo_jobs.parallel.world import World
+
+    try:
+        world = World.from_env(record=job["record"], run_id=job["run_id"])
+    except ValueError:
+        names = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+        given = ", ".join(f"{n}={os.environ[n]!r}" for n in names if n in os.environ)
+        raise UsageError(f"{given}: expected integers") from None
+    if world.size != job["world_size"]:
+        raise UsageError(
+            f"{file} is for {job['world_size']} ranks, started with {world.size}: start it with "
+            f"torchrun --nproc-per-node {job['world_size']} -m mimo_jobs.worker, or set RANK and WORLD_SIZE"
+        )
+    if not 0 <= world.rank < world.size:
+        raise UsageError(f"rank {world.rank} is not among the {world.size} ranks of {file}; set RANK and WORLD_SIZE")
+    return world
+
+
+def _remove_stale(record: Path, alone: bool) -> None:
+    """Remove what an earlier attempt left, but not what another rank of this one may have written already."""
+    for path in (record / "result.json", record / "progress.json"):
+        with contextlib.suppress(FileNotFoundError):
+            if alone or path.stat().st_mtime < time.time() - STALE_SECONDS:
+                path.unlink()
+
+
 def read_job(path: Path) -> dict[str, Any]:
     """JOB.json with ``function`` looked up and ``arguments`` rebuilt as its signature wants them.
 
     Raises:
-        UsageError: not readable, another schema, an unknown job, or a field that its function does not have.
+        UsageError: not readable, another schema, an unknown job, or a field that its function does not have or
+            that is of another type.
     """
     from mimo_jobs.jobs import JOBS
 
@@ -78,6 +139,9 @@ def read_job(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: expected a job record of schema {SCHEMA}")
     if set(job) != set(KEYS):
         raise UsageError(f"{path}: expected the keys {', '.join(KEYS)}; found {', '.join(job)}")
+    for key, hint in KEYS.items():
+        if not _fits(hint, job[key]):
+            raise UsageError(f"{path}: {key}={job[key]!r}: expected {hint.__name__}")
     if job["job"] not in JOBS:
         raise UsageError(f"{path}: unknown job {job['job']!r}{did_you_mean(job['job'], JOBS)}")
     job["function"] = JOBS[job["job"]]
@@ -96,12 +160,27 @@ def _rebuilt(owner: Any, values: Any, where: str) -> dict[str, Any]:
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in values:
             raise UsageError(f"{where}: {name} is missing")
-    return {
-        name: hint(**_rebuilt(hint, value, f"{where}.{name}"))
-        if dataclasses.is_dataclass(hint := parameters[name].annotation) and isinstance(hint, type)
-        else value
-        for name, value in values.items()
-    }
+    made = {}
+    for name, value in values.items():
+        hint = parameters[name].annotation
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            made[name] = hint(**_rebuilt(hint, value, f"{where}.{name}"))
+        elif _fits(hint, value):
+            made[name] = value
+        else:
+            expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise UsageError(f"{where}.{name}={value!r}: expected {expected}")
+    return made
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON value is of a field's type; true is no integer."""
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(m, value) for m in members)
+    if origin is typing.Literal:
+        return value in members
+    return type(value) is (members[0] if origin is typing.Annotated else hint)
 
 
 def write_result(record: Path, result: dict[str, Any]) -> bool:
@@ -119,6 +198,7 @@ def write_result(record: Path, result: dict[str, Any]) -> bool:
 
 
 def _failed(record: Path | None, world: Any, message: str, code: int) -> int:
+    _ignore_signals()
     rank = world.rank if world else 0
     print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
     if record is None or not record.is_dir():

@@ -13,7 +13,7 @@ FAMILIES: dict[str, Family] = {f.model_type: f for f in (qwen35_vl.FAMILY,)}
 def family_of(config: Mapping, where: Path | str = "config.json") -> Family:
     """The family of an HF config; raises `UserError` naming the supported model types."""
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     hint = did_you_mean(str(model_type), FAMILIES)
     raise UserError(f"{where}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}{hint}")

@@ -188,8 +188,9 @@ def dims(config: Mapping) -> dict[str, int]:
 
     def number(section: Mapping, where: str, field: str, default: int) -> int:
         value = section.get(field, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.json: {where}.{field}={value!r}: expected a positive integer")
+        most = _MOST.get(field, 1 << 31)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise UserError(f"config.json: {where}.{field}={value!r}: expected an integer from 1 to {most}")
         return value
 
     t = {short: number(text, "text_config", *field) for short, field in _TEXT_FIELDS.items()}
@@ -235,6 +236,13 @@ _VISION_FIELDS = {
 }  # fmt: skip
 
 
+# Far beyond any model: a damaged number must not become a plan of a billion rows.
+_MOST: dict[str, int] = {
+    "num_hidden_layers": 4096, "depth": 4096, "num_attention_heads": 16384, "num_key_value_heads": 16384,
+    "linear_num_key_heads": 16384, "linear_num_value_heads": 16384, "num_heads": 16384,
+}  # fmt: skip
+
+
 def _section(config: Mapping, name: str) -> Mapping:
     section = config.get(name)
     if not isinstance(section, Mapping):
@@ -246,14 +254,16 @@ def layer_types(text: Mapping) -> list[str]:
     """``linear_attention`` or ``full_attention`` per layer (Qwen3_5TextConfig.__post_init__ fills it the same way)."""
     layers = text.get("num_hidden_layers", _TEXT_FIELDS["layers"][1])
     every = text.get("full_attention_interval", 4)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise UserError(f"config.json: text_config.full_attention_interval={every!r}: expected a positive integer")
     types = text.get("layer_types") or [
         "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)
     ]
-    known = {"full_attention", "linear_attention"}
-    if len(types) != layers or not set(types) <= known:
+    known = ("full_attention", "linear_attention")
+    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        found = f"{len(types)} entries" if isinstance(types, list) else repr(types)
         raise UserError(
-            f"config.json: text_config.layer_types has {len(types)} entries of kinds {sorted(set(types))}; expected "
-            f"num_hidden_layers={layers} of {sorted(known)}"
+            f"config.json: text_config.layer_types is {found}; expected num_hidden_layers={layers} of {', '.join(known)}"
         )
     return list(types)
 
@@ -267,7 +277,9 @@ def weight_map(config: Mapping) -> WeightMap:
         raise UserError("config.json: text_config.attn_output_gate=false is not supported (q_proj holds no gate)")
     if config["vision_config"].get("deepstack_visual_indexes"):
         raise UserError("config.json: vision_config.deepstack_visual_indexes is set; Qwen3.5 has no deepstack")
-    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    tied = config.get("tie_word_embeddings", False)  # transformers reads the top level only, whatever text_config says
+    if not isinstance(tied, bool):
+        raise UserError(f"config.json: tie_word_embeddings={tied!r}: expected true or false")
     rules: list[BoundRule] = []
     language = {"dims": d, "component": "language", "prefix": LANGUAGE_PREFIX}
     rules += bind(EMBEDDING, stage="first", **language)

@@ -176,6 +176,11 @@ def test_layouts_a_model_does_not_allow_are_named(language, images, said):
         (lambda c: c["vision_config"].update(out_hidden_size=7), "out_hidden_size=7"),
         (lambda c: c["vision_config"].update(deepstack_visual_indexes=[1]), "deepstack"),
         (lambda c: c["text_config"].update(layer_types=["full_attention"]), "layer_types"),
+        (lambda c: c["text_config"].update(layer_types=[[]] * 64), "layer_types"),
+        (lambda c: c["text_config"].update(layer_types=None, full_attention_interval=0), "full_attention_interval=0"),
+        (lambda c: c["text_config"].update(num_hidden_layers=10**9), "num_hidden_layers=1000000000"),
+        (lambda c: c.update(tie_word_embeddings="false"), "tie_word_embeddings='false'"),
+        (lambda c: c.update(model_type=["qwen3_5"]), "model_type=['qwen3_5'] is not supported"),
         (lambda c: c.pop("vision_config"), "vision_config is missing"),
     ],
 )

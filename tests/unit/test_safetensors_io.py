@@ -40,7 +40,7 @@ def first(header):
         (lambda d: rewrite_header(d / SHARD, lambda h: first(h).update(shape=[-1])), [SHARD, "damaged header entry"]),
         (lambda d: rewrite_header(d / SHARD, lambda h: first(h).update(data_offsets=[8, 4])), [SHARD, "hold -4 bytes"]),
         (lambda d: rewrite_header(d / SHARD, lambda h: h.pop(next(k for k in h if k != "__metadata__"))), [SHARD]),
-        (lambda d: (d / INDEX_NAME).write_text("[]"), [INDEX_NAME, "not a weight index"]),
+        (lambda d: (d / INDEX_NAME).write_text("[]"), [INDEX_NAME, "expected a JSON object, found list"]),
         (lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"a": "../../etc/passwd"}}'), ["../../etc/passwd"]),
         (lambda d: (d / INDEX_NAME).write_text(json.dumps({"weight_map": {"lm_head.weightt": SHARD}})), ["lm_head.weightt"]),
         (lambda d: (d / INDEX_NAME).unlink(), ["neither", "no index that lists them"]),
