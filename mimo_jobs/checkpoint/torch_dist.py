@@ -10,6 +10,7 @@ every rank can write, and read, just its own.
 import io
 import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ _STORAGE = {
     "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage", "U8": "ByteStorage",
     "BOOL": "BoolStorage",
 }  # fmt: skip
+_LINEAR = re.compile(r"(.+\.(?:linear_(?:fc1|fc2|qkv|proj)|in_proj|out_proj))\.weight")
 _DCP = "torch.distributed.checkpoint.metadata"
 
 
@@ -75,10 +77,17 @@ def frame(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
     return _archive([("data.pkl", ip.dumps(tensor)), ("byteorder", b"little")], count * itemsize(dtype))
 
 
-def common_archive() -> bytes:
-    """The archive of megatron-core's common state: a list with one empty dict."""
-    prefix, suffix = _archive([("data.pkl", ip.dumps([{}])), ("byteorder", b"little")], None)
+def object_archive(value: dict | None) -> bytes:
+    """The archive of a ShardedObject: a list of one value, the common state (``{}``) or an extra state (``None``)."""
+    prefix, suffix = _archive([("data.pkl", ip.dumps([value])), ("byteorder", b"little")], None)
     return prefix + suffix
+
+
+def extra_state_keys(keys: Iterable[str]) -> list[str]:
+    """The ``_extra_state`` objects of megatron-core's parallel linear layers (tensor_parallel/layers.py), which a stock
+    ``sharded_state_dict`` asks for although they hold nothing; from the keys of the tensors."""
+    modules = (_LINEAR.match(key) for key in keys)
+    return list(dict.fromkeys(f"{found[1]}._extra_state/shard_0_1" for found in modules if found))
 
 
 def _archive(records: list[tuple[str, bytes]], data_bytes: int | None) -> tuple[bytes, bytes]:

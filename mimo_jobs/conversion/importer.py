@@ -35,6 +35,8 @@ from mimo_jobs.weights.dtypes import cast_to, itemsize
 from mimo_jobs.weights.rules import stored_rows
 from mimo_jobs.weights.safetensors_io import INDEX_NAME, HfCheckpoint, Shard, make_header, new_shard, open_hf
 
+OBJECTS = (torch_dist.object_archive({}), torch_dist.object_archive(None))  # the common state, and empty extra states
+
 
 @dataclass(frozen=True)
 class ImportArgs:
@@ -58,6 +60,7 @@ class ImportPlan:
         tensors: the checkpoint's tensors with all their chunks.
         files: weight file -> bytes.
         exported: the shards that an export of this checkpoint writes (dtype and dropped tensors applied).
+        objects: byte objects of the checkpoint (common state, empty extra states) -> where they lie.
         passed: the one file of passed-through tensors, None without any; ``passed_ranks``: who copies which.
     """
 
@@ -75,7 +78,8 @@ class ImportPlan:
     files: dict[str, int] = field(default_factory=dict)
     passed: Shard | None = None
     passed_ranks: list[tuple[str, int]] = field(default_factory=list)
-    common: torch_dist.Chunk | None = None
+    objects: dict[str, torch_dist.Chunk] = field(default_factory=dict)
+    object_writes: list[tuple[int, torch_dist.Chunk, bytes]] = field(default_factory=list)
 
     @property
     def bytes_per_rank(self) -> list[int]:
@@ -136,9 +140,12 @@ def _place_boxes(made: ImportPlan) -> None:
         stored = torch_dist.StoredTensor(tensor.name, dtype, plans.stored_shape(tensor, component))
         made.tensors.setdefault(tensor.name, stored).chunks.append(chunk)
     first = min(ends)
-    common = torch_dist.common_archive()
-    made.common = torch_dist.Chunk((), (), f"__{first}_0.distcp", ends[first], len(common))
-    ends[first] += len(common)
+    keys_of = {0: [torch_dist.COMMON_KEY], 1: torch_dist.extra_state_keys(made.tensors)}
+    for i, archive in enumerate(OBJECTS):  # one archive serves every key that holds the same value
+        chunk = torch_dist.Chunk((), (), f"__{first}_0.distcp", ends[first], len(archive))
+        made.objects |= dict.fromkeys(keys_of[i], chunk)
+        made.object_writes.append((first, chunk, archive))
+        ends[first] += len(archive)
     made.files = {f"__{rank}_0.distcp": end for rank, end in ends.items()}
 
 
@@ -202,11 +209,13 @@ def _tasks(
     if rank == 0 and made.passed is not None:
         head = len(made.passed.header).to_bytes(8, "little") + made.passed.header
         yield lambda: transfer.write_full(files.writer(staging / PASSED_THROUGH_NAME), head, 0)
-    if made.common is not None and made.common.file == f"__{rank}_0.distcp":
-        common = made.common
-        yield lambda: transfer.write_full(
-            files.writer(staging / common.file), torch_dist.common_archive(), common.offset
-        )
+    for owner, chunk, archive in made.object_writes:
+        if owner == rank:
+            yield partial(_write_object, files, staging, chunk, archive)
+
+
+def _write_object(files: transfer.Files, staging: Path, chunk: torch_dist.Chunk, archive: bytes) -> None:
+    transfer.write_full(files.writer(staging / chunk.file), archive, chunk.offset)
 
 
 def _write_box(
@@ -276,11 +285,10 @@ def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], world: Wor
                 f"{made.args.model}: {name} is tied to {target} (tie_word_embeddings=true) but holds other values; "
                 "set tie_word_embeddings=false in config.json, or remove the tensor"
             )
-    assert made.common is not None
     for name, size in made.files.items():
         found = (staging / name).stat().st_size
         assert found == size, (name, found, size)
-    metadata = torch_dist.encode_metadata(made.tensors.values(), {torch_dist.COMMON_KEY: made.common})
+    metadata = torch_dist.encode_metadata(made.tensors.values(), made.objects)
     (staging / torch_dist.METADATA_NAME).write_bytes(metadata)
     write_json(staging / torch_dist.FORMAT_NAME, torch_dist.FORMAT_JSON)
     write_manifest(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 
 from mimo_jobs.checkpoint.model_io import load_model, model_tensors, save_model
@@ -82,6 +83,32 @@ def _filled_equals_reference(config, weights, layout, way, source: Path, mimo: P
     fill_model(built, source) if way == "fill" else load_model(built, mimo)
     for name, expected in reference_parameters(built, weights).items():
         assert torch.equal(live_parameters(built)[name], expected), (way, name)
+
+
+@pytest.mark.parametrize("name", ["colocated tp2 / dp2", "uneven pp2 | images"])
+def test_megatron_core_loads_a_checkpoint_with_its_own_state_dict_alone(tmp_path: Path, name: str) -> None:
+    config, model = tiny(layers=5, vocab_size=321)
+    weights = {n: t.detach() for n, t in model.state_dict().items()}
+    source = as_hf(tmp_path / "hf", config, weights)
+    convert(
+        tmp_path / "r",
+        "import",
+        plain(LAYOUTS["tp2 | tp2, images first"]),
+        model=str(source),
+        target=str(tmp_path / "mimo"),
+    )
+    run_ranks(LAYOUTS[name].resolve().world_size, _stock_load, config, weights, LAYOUTS[name], tmp_path / "mimo")
+
+
+def _stock_load(config, weights, layout, mimo: Path) -> None:
+    built = build(config, layout.resolve())
+    with torch.no_grad():
+        for parameter in live_parameters(built).values():
+            parameter.zero_()
+    loaded = dist_checkpointing.load(built.model.sharded_state_dict(), str(mimo))
+    built.model.load_state_dict(loaded, strict=False)
+    for parameter, expected in reference_parameters(built, weights).items():
+        assert torch.equal(live_parameters(built)[parameter], expected), parameter
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

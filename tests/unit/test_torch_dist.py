@@ -76,7 +76,7 @@ def write(directory, tensors):
                 td.Chunk((row, *[0] * (tensor.ndim - 1)), tuple(part.shape), "__0_0.distcp", at, len(item))
             )
         stored.append(made)
-    common = td.common_archive()
+    common = td.object_archive({})
     place = td.Chunk((), (), "__0_0.distcp", len(blob), len(common))
     (directory / "__0_0.distcp").write_bytes(blob + common)
     (directory / ".metadata").write_bytes(td.encode_metadata(stored, {td.COMMON_KEY: place}))
