@@ -168,7 +168,8 @@ def _rebuilt(owner: Any, values: Any, where: str) -> dict[str, Any]:
         elif _fits(hint, value):
             made[name] = value
         else:
-            expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            plain = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+            expected = plain.__name__ if isinstance(plain, type) else str(plain).replace("typing.", "")
             raise UsageError(f"{where}.{name}={value!r}: expected {expected}")
     return made
 

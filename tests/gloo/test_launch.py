@@ -123,8 +123,11 @@ def test_the_error_of_a_rank_is_what_the_user_sees(checkpoint, home, world_size)
     assert "Traceback" not in (ended.error or "")
 
 
-def test_a_defect_is_named_in_one_line_and_its_traceback_is_in_the_log(home):
-    made = job("verify", home, 1, left=3, right=4)
+def test_a_defect_is_named_in_one_line_and_its_traceback_is_in_the_log(home, tmp_path, monkeypatch):
+    defect = "from mimo_jobs import jobs\njobs.JOBS['verify'] = lambda *, world: len(world)\n"
+    (tmp_path / "sitecustomize.py").write_text(defect)  # Python imports it in the rank
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = job("verify", home, 1)
     local.launch(made, lambda progress: None)
     ended = outcome(made)
     assert "TypeError" in (ended.error or "")
@@ -153,6 +156,25 @@ def test_a_killed_rank_ends_the_job_within_seconds(stuck, home, world_size):
     assert f"rank {world_size - 1}" in (ended.error or "") or world_size == 1
     assert "killed" in (ended.error or "")
     assert wait_for(lambda: not ranks_of(made.record), 10)
+
+
+def test_ranks_whose_torchrun_was_killed_end_too(stuck, home):
+    made, parents = job("verify", home, 2, left=str(stuck), right=str(stuck)), set()
+
+    def kill() -> None:
+        wait_for(lambda: len(ranks_of(made.record)) == 2)
+        time.sleep(1)
+        for pid in ranks_of(made.record).values():
+            parents.add(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]))
+        os.kill(*parents, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    local.launch(made, lambda progress: None)
+    thread.join()
+    assert outcome(made).exit_code == 1
+    assert wait_for(lambda: not ranks_of(made.record), 10)
+    assert "Traceback" not in base.log_tail(made.record, lines=100)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

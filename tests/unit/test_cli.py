@@ -70,6 +70,12 @@ USAGE_ERRORS = [
     ([IMPORT, "layout.language.tp=two"], ["layout.language.tp='two'", "expected integer"]),
     ([IMPORT, "layout.language.tp=2.0"], ["layout.language.tp='2.0'", "expected integer"]),
     ([IMPORT, "layout.language.tp="], ["layout.language.tp=''", "expected integer"]),
+    ([IMPORT, "layout.language.tp=+-2"], ["layout.language.tp='+-2'", "expected integer"]),
+    ([IMPORT, "layout.language.tp=" + "9" * 5000], ["expected integer"]),
+    ([IMPORT, "layout.language.tp=-1"], ["layout.language.tp=-1: expected an integer of at least 1"]),
+    ([IMPORT, "layout.images.etp=0"], ["layout.images.etp=0: expected an integer of at least 1"]),
+    ([IMPORT, "layout.images.rank_offset=-1"], ["layout.images.rank_offset=-1: expected an integer of at least 0"]),
+    ([IMPORT, "layout.world_size=0"], ["layout.world_size=0: expected an integer of at least 1"]),
     ([IMPORT, "overwrite=maybe"], ["overwrite='maybe'", "true or false"]),
     ([IMPORT, "mtp=kep"], ["mtp='kep'", "did you mean 'keep'"]),
     ([IMPORT, "dtype=bfloat"], ["dtype='bfloat'", "did you mean 'bfloat16'"]),
@@ -84,7 +90,9 @@ USAGE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), USAGE_ERRORS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "said"), USAGE_ERRORS, ids=lambda v: " ".join(v)[:80] if isinstance(v, list) else ""
+)
 def test_a_wrong_command_line_exits_2_and_names_what_is_wrong(arguments, said, capsys):
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
@@ -119,6 +127,19 @@ def test_a_layout_that_does_not_tile_exits_2(tmp_path, capsys):
     assert "layout.language.rank_offset=0" in capsys.readouterr().err
 
 
+def test_a_defect_is_one_line_and_its_traceback_is_there_on_request(monkeypatch, capsys):
+    def broken() -> int:
+        raise LookupError("no such\nthing")
+
+    monkeypatch.delenv("MIMO_JOBS_DEBUG", raising=False)
+    assert cli.guarded(broken) == 1
+    said = capsys.readouterr().err
+    assert said == "nemo-run: LookupError: no such thing (a defect; set MIMO_JOBS_DEBUG=1 for the traceback)\n"
+    monkeypatch.setenv("MIMO_JOBS_DEBUG", "1")
+    with pytest.raises(LookupError):
+        cli.guarded(broken)
+
+
 # Twice or more what a quiet machine takes (0.07 s, and 0.5 s where Fiddle is needed), for machines that are not quiet.
 @pytest.mark.parametrize(
     ("arguments", "seconds"),
@@ -145,6 +166,7 @@ def test_help_and_usage_errors_answer_at_once(arguments, seconds):
     [
         (["--help"], ["torch", "nemo_run", "fiddle", "numpy", "rich"]),
         ([IMPORT, "layout.language.tpp=2"], ["torch", "nemo_run", "fiddle", "numpy", "rich"]),
+        ([IMPORT, "layout.language.tp=-1"], ["torch", "nemo_run", "fiddle", "numpy", "rich"]),
         ([IMPORT], ["torch", "nemo_run", "fiddle", "numpy", "rich"]),
         ([IMPORT, "--help"], ["torch", "nemo_run", "transformers"]),
         (["recipes.quickstart", "--dryrun"], ["torch", "nemo_run", "transformers"]),

@@ -3,6 +3,11 @@
 import ast
 import dataclasses
 import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import fiddle as fdl
@@ -151,11 +156,16 @@ def test_arguments_survive_json_and_the_worker(tmp_path):
             "arguments.layout.language: unknown field",
         ),
         ({"arguments": {"model": "m", "layout": {}}}, "target is missing"),
+        ({"arguments": {"model": "m", "target": 3, "layout": {}}}, "arguments.target=3: expected str"),
+        ({"arguments": {"model": "m", "target": "t", "layout": {}, "fsync": 1}}, "arguments.fsync=1: expected bool"),
+        ({"arguments": {"model": "m", "target": "t", "layout": {}, "mtp": []}}, "arguments.mtp=[]: expected Literal"),
+        ({"record": 3}, "record=3: expected str"),
+        ({"world_size": True}, "world_size=True: expected int"),
         ({"arguments": {"model": "m", "target": "t", "layout": 3}}, "expected an object"),
         ({"arguments": {"model": "m", "target": "t", "layout": {}, "world": 3}}, "unknown field 'world'"),
     ],
 )
-def test_the_worker_is_strict_about_its_job(change, said, tmp_path, capsys):
+def test_the_worker_is_strict_about_its_job(change, said, tmp_path, capsys, signals):
     import json
 
     from mimo_jobs import worker
@@ -171,6 +181,126 @@ def test_the_worker_is_strict_about_its_job(change, said, tmp_path, capsys):
     (tmp_path / "JOB.json").write_text(json.dumps(job))
     assert worker.main([str(tmp_path / "JOB.json")]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def signals():
+    """The worker ends with its signals ignored, which the tests after it must not."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch, signals):
+    """Run a job of one rank whose function is the one given, in this process; the exit code and result.json."""
+    import json
+
+    from mimo_jobs import worker
+
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(function) -> tuple[int, dict]:
+        monkeypatch.setitem(jobs.JOBS, "test", function)
+        job = {"schema": 1, "job": "test", "run_id": "r", "world_size": 1, "record": str(tmp_path), "arguments": {}}
+        (tmp_path / "JOB.json").write_text(json.dumps(job))
+        code = worker.main([str(tmp_path / "JOB.json")])
+        result = tmp_path / "result.json"
+        return code, json.loads(result.read_text()) if result.exists() else {}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "traceback"),
+    [
+        (OSError(28, "No space left on device", "/t/x"), "/t/x: No space left on device", False),
+        (OSError(28, "No space left on device"), "No space left on device", False),
+        (RuntimeError("odd"), "RuntimeError: odd (a defect, at test_recipes.py:", True),
+    ],
+)
+def test_an_error_of_the_system_is_no_defect(error, message, traceback, work, capsys):
+    def fail(*, world):
+        raise error
+
+    code, result = work(fail)
+    assert code == 1
+    assert result["error"]["message"].startswith(message)
+    assert ("Traceback" in capsys.readouterr().err) == traceback
+
+
+def test_a_repeated_job_replaces_the_result_of_the_attempt_before(work, tmp_path):
+    (tmp_path / "progress.json").write_text("{}")
+    assert work(lambda *, world: 1 / 0)[0] == 1
+    assert work(lambda *, world: {"fine": True}) == (0, {"status": "ok", "summary": {"fine": True}})
+    assert not (tmp_path / "progress.json").exists()
+
+
+def test_among_several_ranks_only_an_old_result_is_stale(tmp_path):
+    from mimo_jobs import worker
+
+    result = tmp_path / "result.json"
+    result.write_text("{}")
+    worker._remove_stale(tmp_path, alone=False)
+    assert result.exists(), "another rank of this attempt may have written it"
+    os.utime(result, (time.time() - 60,) * 2)
+    worker._remove_stale(tmp_path, alone=False)
+    assert not result.exists()
+
+
+def test_a_second_signal_does_not_cut_off_the_last_word(work, capsys):
+    def interrupted(*, world):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    code, result = work(interrupted)
+    assert code == 1
+    assert result["error"]["message"] == "interrupted"
+    assert capsys.readouterr().err == "rank 0: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "x"}, "RANK='x': expected integers"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "rank 1 is not among the 1 ranks"),
+        ({"WORLD_SIZE": "2"}, "is for 1 ranks, started with 2"),
+    ],
+)
+def test_a_wrong_rank_is_a_usage_error(environment, said, work, capsys, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, result = work(lambda *, world: {})
+    assert code == 2
+    assert said in result["error"]["message"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_rank_is_interrupted_when_its_torchrun_is_killed():
+    rank = (
+        "import signal, time; from mimo_jobs import worker\n"
+        "signal.signal(signal.SIGTERM, worker._interrupt)\n"
+        "worker._end_with_torchrun(); print('ready', flush=True)\n"
+        "try: time.sleep(30)\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    agent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", agent, rank],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    assert process.communicate(timeout=10)[0] == "interrupted\n"
 
 
 def test_the_first_rank_to_write_a_result_wins(tmp_path):
@@ -213,6 +343,23 @@ def test_a_chain_stops_at_the_first_failure_with_its_exit_code(tmp_path):
     assert [s["state"] for s in record["steps"]] == ["done", "failed", "waiting"]
 
 
+def test_a_failed_step_leaves_no_staging_directory_of_its_own(tmp_path):
+    from types import SimpleNamespace
+
+    from mimo_jobs.console import Steps, make
+    from mimo_jobs.errors import UserError
+
+    def killed(job, watch):
+        for run_id in (job.run_id, "another"):
+            (tmp_path / f".t.partial-{run_id}").mkdir()
+
+    steps = [pipeline.Step("make", "make_tiny", {"target": f"{tmp_path}/t", "seed": 0, "overwrite": False})]
+    run = pipeline.Run("one", steps, SimpleNamespace(launch=killed), "one-1", tmp_path / "runs")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="ended without a result"):
+        pipeline.run_chain(run, Steps(make(stderr=True), 1), {})
+    assert [p.name for p in tmp_path.glob(".t.*")] == [".t.partial-another"]
+
+
 def test_a_chain_whose_checkpoints_differ_fails(monkeypatch):
     import mimo_jobs.conversion.verify as module
     from mimo_jobs.errors import JobFailed
@@ -224,6 +371,8 @@ def test_a_chain_whose_checkpoints_differ_fails(monkeypatch):
 
 
 def test_a_job_without_a_result_failed_and_says_how_its_rank_died(tmp_path):
+    import json
+
     from launchers.base import Job, outcome
 
     job = Job("import_hf", {}, 2, tmp_path / "record", "id")
@@ -235,6 +384,10 @@ def test_a_job_without_a_result_failed_and_says_how_its_rank_died(tmp_path):
         "Root Cause (first observed failure):\n[0]:\n  rank      : 5 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
     )
     assert (outcome(job).error or "").startswith("rank 5 was killed by SIGKILL; out of memory?")
+    for rank, said in ((2, "rank 5 was killed by SIGKILL"), (5, "interrupted")):
+        error = {"rank": rank, "message": "interrupted", "exit_code": 1}
+        (job.record / "result.json").write_text(json.dumps({"status": "failed", "error": error}))
+        assert (outcome(job).error or "").startswith(said)
     (job.record / "result.json").write_text('{"status": ')
     assert outcome(job).exit_code == 1, "half a result is no result"
 
