@@ -327,5 +327,4 @@ FAMILY = Family(
     weight_map=weight_map,
     rules_version=1,
     drop_passed_through=without_mtp,
-    encoders={"images": "vision"},
 )

@@ -138,11 +138,9 @@ class Family:
             the family does not support.
         rules_version: grows whenever the checkpoint's keys, shapes or row orders change.
         drop_passed_through: HF config -> the config of a model without the passed-through tensors.
-        encoders: component key -> name of its encoder submodule in the MimoModel.
     """
 
     model_type: str
     weight_map: Callable[[Mapping], WeightMap]
     rules_version: int
     drop_passed_through: Callable[[Mapping], dict]
-    encoders: Mapping[str, str]

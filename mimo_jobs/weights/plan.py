@@ -5,13 +5,12 @@ Export: every row of every HF tensor is written by one of the ranks that hold it
 for tensors that TP cuts by columns, so that all reads and writes are contiguous.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from mimo_jobs.errors import UsageError, UserError, did_you_mean
-from mimo_jobs.families.spec import BoundRule, BoundTensor, Cut, WeightMap
+from mimo_jobs.families.spec import BoundTensor, Cut, WeightMap
 from mimo_jobs.layout import Component, ResolvedLayout, check_divides, padded_vocab, stage_layers
 from mimo_jobs.weights.dtypes import itemsize, widest
 from mimo_jobs.weights.rules import Segment, segments
@@ -238,8 +237,3 @@ def spread(names: Iterable[tuple[str, int]], world_size: int) -> list[tuple[str,
     everyone = tuple(range(world_size))
     ranks = give_out(((size, everyone) for _, size in ordered), world_size)
     return [(name, rank) for (name, _), rank in zip(ordered, ranks, strict=True)]
-
-
-def rule_bytes(rule: BoundRule, dtype: str) -> int:
-    """Bytes of a rule's HF tensors."""
-    return sum(math.prod(t.shape) for t in rule.hf) * itemsize(dtype)
