@@ -135,6 +135,7 @@ def _recipe(name: str, argv: list[str]) -> int:
     fields = overrides.recipe_fields(name)
     values = overrides.parse(overrides.split(line.rest), fields)
     overrides.require(name, values)
+    overrides.check_layout(name, values)
 
     dryrun, as_json = "--dryrun" in line.options, "--json" in line.options
     if "--executor" not in line.options and not dryrun:

@@ -1,18 +1,25 @@
 """Recipes: functions that return a whole configuration. This table is all that the command line loads to list them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from recipes.layouts import SPLIT_8GPU
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a recipe lives, and the function of ``mimo_jobs.jobs`` that it configures (None: a chain of several)."""
+    """Where a recipe lives, and the function of ``mimo_jobs.jobs`` that it configures (None: a chain of several).
+
+    ``layout`` is the recipe's own, so that a layout that does not resolve is answered without building the recipe.
+    """
 
     module: str
     job: str | None
+    layout: Mapping[str, Mapping[str, int]] | None = None
 
 
 RECIPES = {
-    "qwen35vl_import": Entry("recipes.qwen35vl", "import_hf"),
-    "qwen35vl_export": Entry("recipes.qwen35vl", "export_hf"),
+    "qwen35vl_import": Entry("recipes.qwen35vl", "import_hf", SPLIT_8GPU),
+    "qwen35vl_export": Entry("recipes.qwen35vl", "export_hf", SPLIT_8GPU),
     "quickstart": Entry("recipes.quickstart", None),
 }

@@ -7,6 +7,8 @@ from mimo_jobs.layout import ComponentLayout, ParallelLayout
 if TYPE_CHECKING:
     import fiddle as fdl
 
+SPLIT_8GPU = {"language": {"tp": 4}, "images": {"tp": 4}}
+
 
 def layout(language: dict[str, int], images: dict[str, int]) -> "fdl.Config[ParallelLayout]":
     """A configuration of a `ParallelLayout` in which every field can be overridden."""
@@ -21,7 +23,7 @@ def layout(language: dict[str, int], images: dict[str, int]) -> "fdl.Config[Para
 
 def split_8gpu() -> "fdl.Config[ParallelLayout]":
     """One node: language TP4 on GPUs 0-3, images TP4 on GPUs 4-7."""
-    return layout(language={"tp": 4}, images={"tp": 4})
+    return layout(**SPLIT_8GPU)
 
 
 def split_3ranks() -> "fdl.Config[ParallelLayout]":

@@ -395,3 +395,18 @@ def test_a_job_without_a_result_failed_and_says_how_its_rank_died(tmp_path):
 def test_the_fields_of_the_layout_are_those_of_its_dataclasses():
     found = {p for p in overrides.recipe_fields("qwen35vl_import") if p.startswith("layout.language.")}
     assert found == {f"layout.language.{f.name}" for f in dataclasses.fields(ComponentLayout)}
+
+
+@pytest.mark.parametrize("name", [n for n, entry in RECIPES.items() if entry.layout])
+def test_the_layout_in_the_table_is_the_recipes_own(name):
+    """So that a layout that does not resolve is answered without Fiddle, by the very same error."""
+    required = {f: "/x" for f in ("model", "source", "target") if f in overrides.recipe_fields(name)}
+    built = overrides.build(name, required)
+    own = ParallelLayout(**{c: ComponentLayout(**f) for c, f in RECIPES[name].layout.items()})
+    assert fdl.build(built.layout) == own
+    for values in ({"layout.images.rank_offset": 3}, {"layout.images.pp": 2}, {"layout.world_size": 7}):
+        with pytest.raises(UsageError) as early:
+            overrides.check_layout(name, values)
+        with pytest.raises(UsageError) as late:
+            fdl.build(overrides.build(name, required | values).layout).resolve()
+        assert str(early.value) == str(late.value)
