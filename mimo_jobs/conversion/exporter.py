@@ -199,7 +199,7 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
     with transfer.Files() as files:
         with world.phase("export", sum(made.bytes_per_rank)) as moved:
             transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
-        world.barrier("written")  # an alias, and a digest, read what other ranks wrote
+        world.barrier("written")  # digests read what other ranks wrote
         digests = _digests(made, staging, files, world) if args.verify else {"written": {}, "before": {}}
         if args.fsync:
             with world.timed("sync"):
