@@ -19,10 +19,10 @@ from types import ModuleType
 from typing import Any
 
 from mimo_jobs.errors import UsageError, UserError, did_you_mean
+from mimo_jobs.records import read_json
 
 SCHEMA = 1
-LAUNCHERS = {"local": "launchers.local"}
-NOT_BUILT = {"slurm": "the Slurm executor is not built yet; only --executor local is"}
+LAUNCHERS = {"local": "launchers.local", "slurm": "launchers.slurm"}
 
 # torchx quotes the arguments of torchrun for a shell and then runs it without one, and expands ${...} in them.
 SAFE_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
@@ -93,39 +93,32 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What result.json says; ``error`` is None when the job succeeded."""
+    """What result.json says; ``error`` is None when the job succeeded, ``transient`` when it may succeed if repeated."""
 
     summary: dict[str, Any]
     error: str | None = None
     exit_code: int = 0
+    transient: bool = False
 
 
 def load(name: str) -> ModuleType:
-    """The launcher module of an executor's name.
+    """The launcher module of an executor's name, ``slurm:eos`` included.
 
     Raises:
         UsageError: no such executor.
     """
-    check(name)
-    return importlib.import_module(LAUNCHERS[name])
+    return importlib.import_module(LAUNCHERS[check(name)])
 
 
-def check(name: str) -> None:
-    """Raise a `UsageError` unless there is a launcher of this name; imports nothing."""
-    if name in NOT_BUILT:
-        raise UsageError(f"--executor {name}: {NOT_BUILT[name]}")
-    if name not in LAUNCHERS:
-        hint = did_you_mean(name, LAUNCHERS) or f"; there are {', '.join(LAUNCHERS)}"
+def check(name: str) -> str:
+    """The kind of an executor: ``slurm`` of ``slurm:eos``. Raises a `UsageError` unless there is one; imports nothing."""
+    kind, colon, cluster = name.partition(":")
+    if kind not in LAUNCHERS:
+        hint = did_you_mean(kind, LAUNCHERS) or f"; there are {', '.join(LAUNCHERS)}"
         raise UsageError(f"unknown executor {name!r}{hint}")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A record that others write; None when it is not there or not whole."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    if colon and (kind == "local" or not cluster):
+        raise UsageError(f"unknown executor {name!r}; named clusters are slurm:NAME, of executors.toml")
+    return kind
 
 
 def outcome(job: Job) -> Outcome:
@@ -135,7 +128,7 @@ def outcome(job: Job) -> Outcome:
         tail = log_tail(job.record)
         death = _death(job.record)
         how = death[1] if death else f"{job.name} ended without a result: killed, or out of memory"
-        return Outcome({}, f"{how}\n{tail}" if tail else how, 1)
+        return Outcome({}, f"{how}\n{tail}" if tail else how, 1, transient=True)
     if result.get("status") == "ok":
         return Outcome(result.get("summary") or {})
     error = result.get("error") or {}
@@ -144,7 +137,7 @@ def outcome(job: Job) -> Outcome:
         death = _death(job.record)
         if death and death[0] != error.get("rank"):
             message = death[1]
-    return Outcome({}, message, 1)
+    return Outcome({}, message, 1, bool(error.get("transient")))
 
 
 def _death(record: Path) -> tuple[int, str] | None:
@@ -160,17 +153,28 @@ def _death(record: Path) -> tuple[int, str] | None:
     return None
 
 
-def logs(record: Path) -> list[Path]:
-    """The ranks' own logs, standard error first, rank by rank; then what the launcher itself printed."""
+def logs(record: Path, rank: int | None = None) -> list[Path]:
+    """The ranks' own logs, then what torchrun kept of them (standard error first), then what the launcher itself printed.
+
+    ``rank``: only that rank's, where the logs say whose they are.
+    """
+    own = sorted(record.glob("logs/*.log"))
+    if rank is not None and (named := [p for p in own if f" rank {rank} of " in _head(p)]):
+        return named
     roots = sorted(record.glob("**/torchelastic")) or [record]
-    ranks = [p for name in ("stderr.log", "stdout.log") for root in roots for p in sorted(root.glob(f"**/{name}"))]
-    return ranks + [p for p in (record / "launcher.log",) if p.exists()]
+    teed = [p for name in ("stderr.log", "stdout.log") for root in roots for p in sorted(root.glob(f"**/{name}"))]
+    return own + teed + [p for p in (record / "slurm.log", record / "launcher.log") if p.exists()]
 
 
-def log_tail(record: Path, lines: int = 12) -> str:
-    """The last lines of the first log that has any."""
-    for path in logs(record):
-        text = path.read_text(errors="replace").rstrip()
+def _head(path: Path) -> str:
+    with path.open(errors="replace") as file:
+        return file.readline(400)
+
+
+def log_tail(record: Path, lines: int = 12, rank: int | None = None) -> str:
+    """The last lines of the first log that has any beyond the headings of its attempts."""
+    for path in logs(record, rank):
+        text = [line for line in path.read_text(errors="replace").rstrip().splitlines() if not line.startswith("# ")]
         if text:
-            return f"{os.path.relpath(path, record)}:\n" + "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
+            return f"{os.path.relpath(path, record)}:\n" + "\n".join(f"  {line}" for line in text[-lines:])
     return ""

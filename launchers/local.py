@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job, RankGroup, Watch, read_json
+from launchers.base import Job, RankGroup, Watch
+from mimo_jobs.records import read_json
 
 POLL_SECONDS = 0.1
 BIN = Path(sys.executable).parent

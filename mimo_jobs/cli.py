@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launchers import base
@@ -18,10 +18,11 @@ from mimo_jobs.help import PROGRAM, RECIPE_OPTIONS, VERIFY_OPTIONS, VERIFY_USAGE
 from recipes import RECIPES
 
 if TYPE_CHECKING:
-    from mimo_jobs.pipeline import Run, Step
+    from launchers.profiles import Profile
+    from mimo_jobs.pipeline import Plan
+    from mimo_jobs.records import RunRecord
 
-COMMANDS = ("recipes", "verify")
-SHORT = {"-h": "--help", "-y": "--yes"}
+SHORT = {"-h": "--help", "-y": "--yes", "-f": "--follow"}
 WITH_VALUE = ("--executor",)
 DEBUG = "MIMO_JOBS_DEBUG"
 
@@ -87,10 +88,13 @@ def _dispatch(argv: list[str]) -> int:
         return _recipe(command.removeprefix("recipes."), rest)
     if command == "verify":
         return _verify(rest)
+    if command in help.COMMANDS:
+        return _command(command, rest)
     if command.startswith("-"):
         known = ("--help", "--version")
         raise UsageError(f"unknown option {command}{did_you_mean(command, known) or '; options: ' + ', '.join(known)}")
-    hint = did_you_mean(command, (*COMMANDS, *(f"recipes.{n}" for n in RECIPES)))
+    known = ("recipes", "verify", *help.COMMANDS, *(f"recipes.{n}" for n in RECIPES))
+    hint = did_you_mean(command, known)
     raise UsageError(f"unknown command {command!r}{hint}\n  {PROGRAM} --help lists the commands")
 
 
@@ -131,53 +135,131 @@ def _recipe(name: str, argv: list[str]) -> int:
         print(help.recipe(name))
         return 0
     executor = line.options.get("--executor", "local")
-    base.check(executor)
+    kind = base.check(executor)
+    given = overrides.split(line.rest)
+    where = {p: given.pop(p) for p in list(given) if p == "on_finish" or p.startswith("executor.")}
     fields = overrides.recipe_fields(name)
-    values = overrides.parse(overrides.split(line.rest), fields)
+    values = overrides.parse(given, fields)
     overrides.require(name, values)
     overrides.check_layout(name, values)
+    target = _target(executor, kind, where)
 
-    dryrun, as_json = "--dryrun" in line.options, "--json" in line.options
-    if "--executor" not in line.options and not dryrun:
+    options = Options(
+        **{o.removeprefix("--"): True for o in ("--dryrun", "--json", "--wait", "--force") if o in line.options}
+    )
+    if "--executor" not in line.options and not options.dryrun:
         print(f"{PROGRAM}: no --executor given, running on this machine (--executor local)", file=sys.stderr)
-    return run_recipe(name, values, executor, dryrun, as_json)
+    if target is not None and target.ssh:
+        return _over_there(target, [f"recipes.{name}", *argv])
+    return run_recipe(name, values, executor, options, target, [f"recipes.{name}", *argv])
 
 
-def run_recipe(name: str, values: dict[str, Any], executor: str, dryrun: bool = False, as_json: bool = False) -> int:
-    """Build a recipe with ``values`` (by field path), check what can be checked, then run it, or show it.
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of a recipe's run besides its fields."""
+
+    dryrun: bool = False
+    json: bool = False
+    wait: bool = False
+    force: bool = False
+
+
+def _target(executor: str, kind: str, where: Mapping[str, str]) -> "Profile | None":
+    """The profile of a Slurm executor with the ``executor.`` fields of the command line; None for this machine."""
+    if kind == "local":
+        if where:
+            raise UsageError(
+                f"{next(iter(where))}: --executor local has no such field; the fields of executors are those of --executor slurm"
+            )
+        return None
+    from launchers import profiles
+
+    return profiles.load(executor, profiles.parse({p.removeprefix("executor."): v for p, v in where.items()}))
+
+
+def _over_there(profile: "Profile", argv: list[str]) -> int:
+    """Run the same command on the cluster's login node."""
+    from launchers import remote
+
+    return remote.run(profile, argv)
+
+
+def run_recipe(
+    name: str, values: dict[str, Any], executor: str, options: Options | None = None, profile: "Profile | None" = None,
+    words: list[str] | None = None,
+) -> int:  # fmt: skip
+    """Build a recipe with ``values`` (by field path), check what can be checked, then run it, queue it, or show it.
 
     Raises:
         UserError: the recipe cannot run, or a step of it failed.
     """
-    from mimo_jobs import console, pipeline
+    from mimo_jobs import console, pipeline, running, submission
     from mimo_jobs.hub import locate_model
 
+    options = options or Options()
     if "model" in values:
-        values["model"] = locate_model(values["model"], download=not dryrun)
-    steps = pipeline.steps_of(overrides.build(name, values), name)
-    run = pipeline.make_run(name, steps, base.load(executor))
-    for step in steps:
-        step.layout  # noqa: B018  a layout that does not resolve is the first thing to say
-    pipeline.check_targets(steps)
-    # Later steps read what earlier ones write, so only the first can be checked now; each is checked before it starts.
-    plan = pipeline.preflight(steps[0])
-    if dryrun:
-        _show_dryrun(run, values, plan, executor, as_json)
+        values["model"] = locate_model(values["model"], download=not options.dryrun)
+    recipe = overrides.build(name, values)
+    plan = pipeline.make_plan(name, pipeline.steps_of(recipe, name), resumable=bool(overrides.steps_of(name)))
+    asked = submission.prepare(plan, profile, need_slurm=not options.dryrun) if profile is not None else None
+    run = pipeline.new_record(plan, executor, {} if options.dryrun else submission.about(profile, words or []))
+    if options.dryrun:
+        from mimo_jobs import dryrun
+
+        dryrun.show(plan, run, values, asked, options.json)
         return 0
-    pipeline.run_chain(run, console.Steps(console.make(stderr=True), len(steps)), {steps[0].name: plan})
-    return _conclude(run, as_json)
+    if asked is None:
+        running_view = console.Steps(console.make(stderr=True), len(plan.steps))
+        summaries = running.run_chain(plan, run, running_view)
+        return _conclude(plan, run, summaries, options.json)
+    from mimo_jobs import commands
+
+    commands.check_warnings(plan, options.force)
+    return _queued(plan, run, submission.start(asked, run, recipe), options)
 
 
-def _conclude(run: "Run", as_json: bool) -> int:
-    """Say where things are and what to type next; a chain that verified ends with the parity line."""
-    certificate = run.summaries.get("verify")
-    if as_json:
+def _queued(plan: "Plan", run: "RunRecord", jobs: Mapping[str, int], options: Options) -> int:
+    """Say what was queued, under which ids, and what to type next; with --wait stay until it has ended."""
+    if options.json and not options.wait:
+        skipped = {p.step.name: p.why for p in plan.steps if p.skip}
         print(
-            json.dumps({"run_id": run.run_id, "record": str(run.root), "steps": run.summaries}, indent=2, default=str)
+            json.dumps(
+                {
+                    "run_id": run.run_id,
+                    "record": str(run.root),
+                    "jobs": dict(jobs),
+                    "skipped": skipped,
+                    "notes": plan.notes,
+                },
+                indent=2,
+            )
         )
         return 0
-    last = run.steps[-1]
-    places = {s.name: s.arguments["target"] for s in run.steps if "target" in s.arguments}
+    if not options.json:
+        for note in plan.notes:
+            print(f"note      {note}")
+        for planned in plan.steps:
+            name = planned.step.name
+            told = f"job {jobs[name]}" if name in jobs else "skipped"
+            print(f"{name:<9} {told}" + (f": {planned.why}" if planned.why else ""))
+        print(f"run       {run.run_id}\nrecord    {run.root}")
+        if jobs:
+            print(_next(f"{PROGRAM} status {run.run_id}"))
+    if options.wait:
+        from mimo_jobs import commands
+
+        return commands.status(run.run_id, options.json, wait=True)
+    return 0
+
+
+def _conclude(plan: "Plan", run: "RunRecord", summaries: Mapping[str, dict[str, Any]], as_json: bool) -> int:
+    """Say where things are and what to type next; a chain that verified ends with the parity line."""
+    certificate = summaries.get("verify")
+    if as_json:
+        print(json.dumps({"run_id": run.run_id, "record": str(run.root), "steps": summaries}, indent=2, default=str))
+        return 0
+    last = plan.steps[-1].step
+    places = {p.step.name: p.step.arguments["target"] for p in plan.steps if "target" in p.step.arguments}
     print(f"records   {run.root}")
     for name, place in places.items():
         print(f"{name if len(places) > 1 else 'target':<9} {place}")
@@ -187,9 +269,9 @@ def _conclude(run: "Run", as_json: bool) -> int:
         from mimo_jobs import console
 
         print(_next(f"{PROGRAM} verify ORIGINAL_DIR {_quoted(places[last.name])}"))
-        console.make().print(console.export_table(run.summaries[last.name]))
-    elif run.name == "quickstart":
-        print(_next(f"{PROGRAM} recipes.qwen35vl_import --help"))
+        console.make().print(console.export_table(summaries[last.name]))
+    elif plan.recipe == "quickstart":
+        print(_next(f"{PROGRAM} recipes.qwen35vl_pipeline --help"))
     if certificate is not None:
         print(parity_line(certificate))
     return 0
@@ -211,64 +293,100 @@ def parity_line(certificate: Mapping[str, Any]) -> str:
     return f"parity: {certificate['bit_exact']}/{every} tensors bit-exact"
 
 
-def _show_dryrun(run: "Run", values: Mapping[str, Any], plan: Any, executor: str, as_json: bool) -> None:
-    from mimo_jobs import console
-
-    if as_json:
-        print(json.dumps(_dryrun_data(run, plan, executor), indent=2, default=str))
-        return
-    out = console.make()
-    for step in run.steps:
-        chained = len(run.steps) > 1
-        prefix = f"{step.name}: " if chained else ""
-        layout = plan.layout if plan and step is run.steps[0] else step.layout
-        ranks = f"{step.world_size} rank{'s' * (step.world_size > 1)}"
-        out.print(f"{prefix}{step.job} on {executor}, {ranks}", style="bold")
-        out.print(console.recipe_table(overrides.flat(step.arguments), {} if chained else values, layout))
-        if layout:
-            out.print("ranks", style="bold")
-            out.print(console.rank_map(layout))
-        if plan and step is run.steps[0]:
-            out.print("plan", style="bold")
-            out.print(console.plan_table(plan))
-        out.print("command", style="bold")
-        for text in _commands(run, step):
-            out.print(text, soft_wrap=True)
-        out.print()
-    out.print(
-        f"dry run: nothing was started or written; every run gets its own directory in {run.root.parent}",
-        soft_wrap=True,
-    )
-
-
-def _commands(run: "Run", step: "Step") -> list[str]:
-    from mimo_jobs import console
-    from mimo_jobs.pipeline import IN_PROCESS
-
-    if step.job in IN_PROCESS:
-        return ["  in this process, no ranks"]
-    return list(console.command_lines(run.launcher.commands(run.job(step))))
-
-
-def _dryrun_data(run: "Run", plan: Any, executor: str) -> dict[str, Any]:
-    from mimo_jobs.pipeline import IN_PROCESS
-
-    steps = []
-    for step in run.steps:
-        layout = step.layout
-        groups = [] if step.job in IN_PROCESS else run.launcher.commands(run.job(step))
-        steps.append(
-            {
-                "name": step.name,
-                "job": step.job,
-                "world_size": step.world_size,
-                "arguments": step.plain(),
-                "layout": layout.as_layout() if layout else None,
-                "commands": [{"ranks": list(g.ranks), "host": g.host, "command": g.command} for g in groups],
-            }
+def _command(name: str, argv: list[str]) -> int:
+    """A command on recorded runs or executors."""
+    line = _split(argv, help.COMMANDS[name].options)
+    if "--help" in line.options:
+        print(help.command(name))
+        return 0
+    fields = {
+        w.partition("=")[0].removeprefix("executor."): w.partition("=")[2]
+        for w in line.rest
+        if w.startswith("executor.") and "=" in w
+    }
+    rest = [w for w in line.rest if not (w.startswith("executor.") and "=" in w)]
+    least, most = {"status": (0, 1), "list": (0, 0), "diff": (2, 2), "doctor": (0, 0)}.get(name, (1, 1))
+    if not least <= len(rest) <= most or (fields and name not in ("resume", "doctor", "hash")):
+        usage = f"{PROGRAM} {name} {help.COMMANDS[name].arguments}"
+        raise UsageError(
+            f"{name} takes {most if least == most else f'{least} or {most}'} argument{'s' * ((least, most) != (1, 1))}, got {' '.join(line.rest) or 'none'}\n  usage: {usage}"
         )
-    summary = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "layout"} if plan else None
-    return {"recipe": run.name, "executor": executor, "steps": steps, "plan": summary}
+    as_json = "--json" in line.options
+    if name == "doctor":
+        return _doctor(line.options.get("--executor", "local"), fields, as_json)
+    if name == "hash":
+        return _hash(rest[0], line.options.get("--executor", "local"), fields, as_json)
+    from mimo_jobs import commands
+
+    match name:
+        case "status":
+            return commands.status(
+                rest[0] if rest else None, as_json, "--all" in line.options, "--wait" in line.options
+            )
+        case "list":
+            return commands.list_runs(as_json)
+        case "logs":
+            return commands.logs(rest[0], "--follow" in line.options)
+        case "cancel":
+            return commands.cancel(rest[0])
+        case "resume":
+            return commands.resume(rest[0], fields, "--force" in line.options, as_json)
+        case _:
+            return commands.diff(rest[0], rest[1], as_json)
+
+
+def _doctor(executor: str, fields: Mapping[str, str], as_json: bool) -> int:
+    kind = base.check(executor)
+    target = _target(executor, kind, fields)
+    if target is not None and target.ssh:
+        return _over_there(
+            target,
+            [
+                "doctor",
+                "--executor",
+                executor,
+                *(f"executor.{k}={v}" for k, v in fields.items()),
+                *["--json"] * as_json,
+            ],
+        )
+    from dataclasses import asdict
+
+    from launchers import profiles
+    from mimo_jobs import console, doctor
+
+    checks = doctor.run(executor, profiles.parse(fields) if target is not None else {})
+    if as_json:
+        print(json.dumps({"executor": executor, "checks": [asdict(c) for c in checks]}, indent=2, default=str))
+    else:
+        console.make().print(doctor.table(checks))
+    return int(any(c.state == "failed" for c in checks))
+
+
+def _hash(place: str, executor: str, fields: Mapping[str, str], as_json: bool) -> int:
+    kind = base.check(executor)
+    target = _target(executor, kind, fields)
+    from mimo_jobs import console, paths
+
+    directory = paths.absolute(place)
+    if not os.path.isdir(directory):
+        raise UserError(f"{place}: no such directory")
+    from pathlib import Path
+
+    from launchers import array
+
+    with console.Steps(console.make(stderr=True), 1).step("hash") as shown:
+
+        def progress(done: int, total: int) -> None:
+            shown.watch({"phase": "hash", "done": done, "total": total})
+
+        found = array.hash_files(Path(directory), target, progress=progress)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for tensor, about in found["tensors"].items():
+        print(f"{about['digest']}  {tensor}")
+    print(f"{found['digest']}  all {len(found['tensors']):,} tensors")
+    return 0
 
 
 def _verify(argv: list[str]) -> int:
@@ -276,22 +394,36 @@ def _verify(argv: list[str]) -> int:
     if "--help" in line.options:
         print(help.verify())
         return 0
-    if len(line.rest) != 2:
-        raise UsageError(f"verify needs two directories, got {len(line.rest)}\n  usage: {VERIFY_USAGE}")
-    for place in line.rest:
+    executor = line.options.get("--executor", "local")
+    kind = base.check(executor)
+    fields = {
+        w.partition("=")[0]: w.partition("=")[2] for w in line.rest if kind != "local" and w.startswith("executor.")
+    }
+    rest = [w for w in line.rest if kind == "local" or not w.startswith("executor.")]
+    if len(rest) != 2:
+        raise UsageError(f"verify needs two directories, got {len(rest)}\n  usage: {VERIFY_USAGE}")
+    for place in rest:
         if not os.path.isdir(place):
             raise UserError(f"{place}: no such directory\n  usage: {VERIFY_USAGE}")
 
     from mimo_jobs import console, paths
     from mimo_jobs.conversion.verify import verify_hf
 
-    left, right = (paths.absolute(p) for p in line.rest)
+    left, right = (paths.absolute(p) for p in rest)
+    target = _target(executor, kind, fields)
     with console.Steps(console.make(stderr=True), 1).step("verify") as shown:
 
         def progress(done: int, total: int) -> None:
             shown.watch({"phase": "compare", "done": done, "total": total})
 
-        certificate = verify_hf(left, right, progress=progress)
+        if target is None:
+            certificate = verify_hf(left, right, progress=progress)
+        else:
+            from pathlib import Path
+
+            from launchers import array
+
+            certificate = array.verify(Path(left), Path(right), target, progress=progress)
     if "--json" in line.options:
         print(json.dumps(certificate, indent=2))
     else:

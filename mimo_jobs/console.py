@@ -3,9 +3,9 @@
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
@@ -14,6 +14,10 @@ from rich.text import Text
 
 from launchers.base import RankGroup
 from mimo_jobs.layout import ResolvedLayout
+from mimo_jobs.placement import Placement, place_ranks
+
+if TYPE_CHECKING:
+    from mimo_jobs.monitor import SeenRun
 
 GPUS_PER_NODE = 8
 COLOURS = ("green", "blue", "magenta", "yellow")
@@ -68,34 +72,39 @@ def ranks_text(ranks: range) -> str:
     return f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
 
 
-def rank_map(layout: ResolvedLayout, gpus: int = GPUS_PER_NODE) -> Group:
+def rank_map(layout: ResolvedLayout, placed: Placement | None = None) -> Group:
     """A table of the components, and a picture: one row a node, one cell a GPU."""
+    placed = placed or place_ranks(layout.world_size, GPUS_PER_NODE)
+    gpus = placed.gpus_per_node
     table = Table.grid(padding=(0, 2))
     table.add_row(
         "  component", "ranks", "nodes", *(Text(n.upper(), justify="right") for n in ("tp", "pp", "dp", "cp", "ep"))
     )
     styles = dict(zip(layout.components, COLOURS, strict=False))
     for name, c in layout.components.items():
-        nodes = range(c.ranks[0] // gpus, c.ranks[-1] // gpus + 1)
+        nodes = sorted({placed.node_of(r) for r in c.ranks})
         sizes = (Text(str(n), justify="right") for n in (c.tp, c.pp, c.dp, c.cp, c.ep))
-        table.add_row(Text(f"  {name}", style=styles[name]), ranks_text(c.ranks), ranks_text(nodes), *sizes)
-    nodes = -(-layout.world_size // gpus)
+        table.add_row(
+            Text(f"  {name}", style=styles[name]),
+            ranks_text(c.ranks),
+            ranks_text(range(nodes[0], nodes[-1] + 1)),
+            *sizes,
+        )
     lines = []
-    for node in range(nodes):
+    for node, ranks in enumerate(placed.nodes):
         line = Text(f"  node {node}  ")
-        for rank in range(node * gpus, (node + 1) * gpus):
-            held = layout.components_of(rank) if rank < layout.world_size else []
+        for rank in [*ranks, *[None] * (gpus - len(ranks))]:
+            held = layout.components_of(rank) if rank is not None else []
             letters = "+".join(c.name[0].upper() for c in held)
             cell = f"[{letters}{rank}]" if held else "[ - ]"
             line.append(cell, style=styles[held[0].name] if held else "dim").append(" ")
         lines.append(line)
-    idle = nodes * gpus - layout.world_size
+    idle = placed.idle
     where = "colocated" if layout.colocated else "on disjoint ranks"
     legend = ", ".join(f"{n[0].upper()} {n}" for n in layout.components)
     total = f"  {layout.world_size} rank{'s' * (layout.world_size > 1)}, components {where} ({legend})"
-    lines.append(
-        Text(f"{total}; {idle} of {nodes * gpus} GPUs idle on nodes of {gpus}" if idle else f"{total}; no GPU idle")
-    )
+    every = len(placed.nodes) * gpus
+    lines.append(Text(f"{total}; {idle} of {every} GPUs idle on nodes of {gpus}" if idle else f"{total}; no GPU idle"))
     return Group(table, *lines)
 
 
@@ -182,6 +191,74 @@ def _few(names: list[str], shown: int = 5) -> str:
     return f"{len(names):,}: " + "\n".join([*names[:shown], *more])
 
 
+STATE_STYLES = {
+    "done": "green", "skipped": "green", "running": "cyan", "queued": "yellow", "waiting": "dim", "failed": "bold red", "cancelled": "magenta",
+}  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """``4 s``, ``2:05``, ``1:02:03``; empty for nothing."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds else ""
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def progress_text(progress: Mapping[str, Any] | None) -> str:
+    """``import 45 % of 1.7 GB``."""
+    if not progress or not progress.get("phase"):
+        return ""
+    total, done = progress.get("total") or 0, progress.get("done") or 0
+    if not total:
+        return str(progress["phase"])
+    amount = size(total) if progress.get("unit", "B") == "B" else f"{total:g} {progress['unit']}"
+    return f"{progress['phase']} {100 * done // total} % of {amount}"
+
+
+def status_table(runs: Sequence["SeenRun"]) -> Table:
+    """One row a step; with several runs, each one's id above its steps."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for title in ("run" if len(runs) != 1 else "", "step", "state", "job", "nodes", "elapsed", "progress", "reason"):
+        table.add_column(title, no_wrap=title in ("step", "state", "job", "elapsed"), overflow="fold")
+    for seen in runs:
+        for i, one in enumerate(seen.steps):
+            s = one.state
+            table.add_row(
+                Text(seen.run.run_id if i == 0 and len(runs) != 1 else ""), Text(one.step.name), Text(s.state, style=STATE_STYLES[s.state]),
+                str(s.job_id or ""), Text(s.nodes), duration(s.elapsed), progress_text(one.progress), Text(s.reason.partition("\n")[0]),
+            )  # fmt: skip
+    if len(runs) == 1:
+        table.title = f"{runs[0].run.run_id}: {runs[0].state}"
+        table.title_style, table.title_justify = "bold", "left"
+    return table
+
+
+def run_table(runs: Sequence["SeenRun"]) -> Table:
+    """One row a run, newest first."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for title in ("run", "recipe", "executor", "state", "steps", "elapsed", "GPU hours"):
+        table.add_column(title, overflow="fold")
+    for seen in runs:
+        finished = sum(s.state.state in ("done", "skipped") for s in seen.steps)
+        hours = sum(s.state.gpu_seconds for s in seen.steps) / 3600
+        table.add_row(
+            Text(seen.run.run_id), Text(str(seen.run.about.get("recipe"))), Text(seen.run.executor), Text(seen.state, style=STATE_STYLES[seen.state]),
+            f"{finished}/{len(seen.steps)}", duration(sum(s.state.elapsed for s in seen.steps)), f"{hours:.2f}" if hours else "",
+        )  # fmt: skip
+    return table
+
+
+def diff_table(left: str, right: str, pairs: Mapping[str, tuple[Any, Any]]) -> Table:
+    """What differs: field, the one value, the other."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for title in ("", left, right):
+        table.add_column(title, overflow="fold")
+    for name, (a, b) in pairs.items():
+        table.add_row(Text(name), *(Text("" if v is None else str(v)) for v in (a, b)))
+    return table
+
+
 class _Amount(ProgressColumn):
     """``0.8 GB of 1.71 GB  ETA 0:02``; empty until the total is known."""
 
@@ -230,6 +307,12 @@ class Steps:
         ) as live:
             yield StepView(self.console, label, live)
 
+    def skipped(self, title: str, why: str) -> None:
+        """A line for a step that does not run."""
+        self.number += 1
+        label = f"{self.number}/{self.count} {title}" if self.count > 1 else title
+        self.console.print(Text.assemble(("- ", "dim"), f"{label}  ", (why, "dim")), soft_wrap=True)
+
 
 class StepView:
     """One step on the screen."""
@@ -253,6 +336,10 @@ class StepView:
         else:
             self.live.update(self.task, total=total, completed=done)
         self.phase = phase
+
+    def note(self, text: str) -> None:
+        """Leave a line about the step, such as why it runs again."""
+        self.console.print(Text(f"  {self.label}: {text}", style="dim"), soft_wrap=True)
 
     def done(self, text: str) -> None:
         """Leave a line that stays."""

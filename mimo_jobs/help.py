@@ -3,30 +3,82 @@
 import shutil
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mimo_jobs import overrides
 
 PROGRAM = "nemo-run"
 RECIPE_OPTIONS = {
-    "--executor": "NAME: where to run; local is this machine, and the default",
-    "--dryrun": "show the recipe, its ranks, the plan and the commands; run nothing",
+    "--executor": "NAME: where to run; local is this machine, and the default; slurm or slurm:NAME a profile of executors.toml",
+    "--dryrun": "show the recipe, its ranks, the plan and the commands or scripts; run nothing",
+    "--wait": "with slurm: wait for the end, and exit 1 unless every step is done",
+    "--force": "submit in spite of warnings",
     "--json": "print the result (or the dry run) as JSON",
     "--yes": "accepted for nemorun's sake; nothing is ever asked",
     "--help": "show the fields of a recipe",
 }
-VERIFY_OPTIONS = {"--json": "print the certificate as JSON", "--help": "show this"}
-VERIFY_USAGE = f"{PROGRAM} verify HF_DIR OTHER_HF_DIR [--json]"
+VERIFY_OPTIONS = {
+    "--executor": "NAME: slurm or slurm:NAME shares the work out over an array of CPU jobs",
+    "--json": "print the certificate as JSON",
+    "--help": "show this",
+}
+VERIFY_USAGE = f"{PROGRAM} verify HF_DIR OTHER_HF_DIR [--executor slurm] [--json]"
+RUN = "ID is a run's id, the beginning of one, latest, or the directory of a record"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command on recorded runs or executors: its arguments, what it does, its options and an example."""
+
+    arguments: str
+    text: str
+    options: Mapping[str, str]
+    example: str
+    more: str = ""
+
+
+JSON = {"--json": "print JSON"}
+HELP = {"--help": "show this"}
+COMMANDS = {
+    "status": Command(
+        "[ID]", "steps of a run, or of all that are under way: state, job, nodes, elapsed, progress, reason",
+        {"--all": "every run", "--wait": "until the run has ended; exit 1 unless it is done", **JSON, **HELP}, "status latest", RUN,
+    ),
+    "list": Command("", "every run, a line each", {**JSON, **HELP}, "list"),
+    "logs": Command(
+        "ID[.STEP][:COMPONENT]", "the logs of a run, of a step, or of a component's ranks",
+        {"--follow": "print what is added until the steps have ended (-f)", **HELP}, "logs -f latest.import:language", RUN,
+    ),
+    "cancel": Command("ID", "end every step of a run that is queued or running", HELP, "cancel latest", RUN),
+    "resume": Command(
+        "ID [executor.FIELD=VALUE ...]", "go on with a run at its failed step; what is done stays",
+        {"--force": "submit in spite of warnings", **JSON, **HELP}, "resume latest executor.time=02:00:00", RUN,
+    ),
+    "diff": Command("ID ID", "what differs between two runs: fields, profile, versions, code", {**JSON, **HELP}, "diff latest RUN", RUN),
+    "doctor": Command(
+        "[executor.FIELD=VALUE ...]", "check this machine, or a cluster with a small real job",
+        {"--executor": "NAME: local, slurm or slurm:NAME", **JSON, **HELP}, "doctor --executor slurm",
+    ),
+    "hash": Command(
+        "HF_DIR", "blake3 of every tensor of a checkpoint",
+        {"--executor": "NAME: slurm or slurm:NAME shares the work out over an array of CPU jobs", **JSON, **HELP},
+        "hash checkpoints/hf --executor slurm",
+    ),
+}  # fmt: skip
 
 
 def program() -> str:
     """``nemo-run --help``."""
     return f"""{PROGRAM}: Hugging Face checkpoints to MegatronMIMO and back, bit for bit
 
-usage: {PROGRAM} recipes.NAME field=value ... [--executor local] [--dryrun] [--json]
-       {VERIFY_USAGE}
+usage: {PROGRAM} recipes.NAME field=value ... [--executor NAME] [--dryrun] [--json]
+       {PROGRAM} COMMAND ...
 
 {recipe_list()}
+
+commands:
+{_rows({"verify": "compare two Hugging Face checkpoints byte for byte", **{n: c.text for n, c in COMMANDS.items()}})}
 
 options:
 {_rows(RECIPE_OPTIONS | {"--version": "show the version"})}
@@ -45,6 +97,22 @@ def recipe_list() -> str:
     return "recipes:\n" + _rows({f"recipes.{name}": text for name, text in overrides.summaries().items()})
 
 
+def command(name: str) -> str:
+    """``nemo-run COMMAND --help``."""
+    known = COMMANDS[name]
+    usage = " ".join(w for w in (PROGRAM, name, known.arguments, "[options]") if w)
+    more = f"\n\n{known.more}." if known.more else ""
+    return f"""usage: {usage}
+
+{known.text[0].upper()}{known.text[1:]}.{more}
+
+options:
+{_rows(known.options)}
+
+example:
+  {PROGRAM} {known.example}"""
+
+
 def verify() -> str:
     """``nemo-run verify --help``."""
     return f"""usage: {VERIFY_USAGE}
@@ -57,15 +125,17 @@ options:
 
 def recipe(name: str) -> str:
     """``nemo-run recipes.NAME --help``: fields with types and defaults, and an example that works."""
-    fields, defaults = overrides.recipe_fields(name), overrides.defaults(name)
+    steps = overrides.steps_of(name)
+    fields = {p: f for p, f in overrides.recipe_fields(name).items() if p.partition(".")[0] not in steps}
+    defaults = overrides.defaults(name)
     own = {p: f"{_default(defaults[p])}{_sep(f)}{_doc(f)}" for p, f in fields.items() if p.count(".") < 2}
     return f"""recipes.{name}: {overrides.summaries()[name]}
 
-usage: {PROGRAM} recipes.{name} field=value ... [--executor local] [--dryrun] [--json]
+usage: {PROGRAM} recipes.{name} field=value ... [--executor NAME] [executor.FIELD=value] [--dryrun] [--json]
 
 fields, with their defaults:
 {_rows(own)}
-{_components(fields, defaults)}
+{_components(fields, defaults)}{_of_steps(name)}
 options:
 {_rows(RECIPE_OPTIONS)}
 
@@ -78,6 +148,14 @@ def example(name: str) -> str:
     words = [f"{PROGRAM} recipes.{name}", *overrides.example(name).split(), "--executor local"]
     line = "  " + " ".join(words)
     return line if len(line) <= 100 else "  " + " \\\n    ".join(words)
+
+
+def _of_steps(name: str) -> str:
+    steps = overrides.steps_of(name)
+    if not steps:
+        return ""
+    listed = ", ".join(f"{s}.FIELD" for s in steps)
+    return f"\nThe fields above set every step that has them; {listed} set one step's.\n"
 
 
 def _components(fields: Mapping[str, overrides.Field], defaults: Mapping[str, Any]) -> str:

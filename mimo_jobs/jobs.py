@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mimo_jobs.parallel.world import World
 
 Dir = Annotated[str, "directory"]
+File = Annotated[str, "file"]
 ModelRef = Annotated[str, "directory or hub id"]
 Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 Mtp = Literal["keep", "drop"]
@@ -124,20 +125,36 @@ def compare_logits(*, left: Dir, right: Dir, world: "World | None" = None) -> di
         return logits.compare_logits(left, right, report)
 
 
-def verify(*, left: Dir, right: Dir, world: "World | None" = None) -> dict[str, Any]:
+def verify(
+    *,
+    left: Dir,
+    right: Dir,
+    certificate: File | None = None,
+    dtype: Dtype | None = None,
+    mtp: Mtp = "keep",
+    world: "World | None" = None,
+) -> dict[str, Any]:
     """Compare two Hugging Face checkpoints byte for byte; returns the parity certificate.
 
     Args:
         left: Hugging Face checkpoint
         right: Hugging Face checkpoint
+        certificate: file for the certificate of two that are equal
+        dtype: what right was cast to
+        mtp: drop when right was exported without the multi-token-prediction tensors
 
     Raises:
+        JobFailed: they differ.
         UserError: a checkpoint cannot be read.
     """
-    from mimo_jobs.conversion.verify import verify_hf
+    from mimo_jobs.conversion.verify import certify
 
     with _joined(world) as joined:
-        return verify_hf(left, right, progress=lambda done, total: joined.progress("compare", done, total))
+
+        def report(done: int, total: int) -> None:
+            joined.progress("compare", done, total)
+
+        return certify(left, right, Path(certificate) if certificate else None, report, dtype, mtp)
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {

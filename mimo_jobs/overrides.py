@@ -60,7 +60,9 @@ def recipe_function(name: str) -> Callable[..., Any]:
 
 def recipe_fields(name: str) -> dict[str, Field]:
     """Every field of a recipe by its path: the parameters of its function first, then those of the job it configures."""
-    own, job = leaves(recipe_function(name)), RECIPES[name].job
+    own, job, steps = leaves(recipe_function(name)), RECIPES[name].job, RECIPES[name].steps
+    if steps is not None:
+        return own | _fields_of_steps(steps)
     if job is None:
         return own
     configured = leaves(jobs.JOBS[job])
@@ -68,6 +70,26 @@ def recipe_fields(name: str) -> dict[str, Field]:
         p: f if f.doc or p not in configured else dataclasses.replace(f, doc=configured[p].doc) for p, f in own.items()
     }
     return described | {p: f for p, f in configured.items() if p not in own}
+
+
+def steps_of(name: str) -> Mapping[str, str]:
+    """Step -> job of a pipeline recipe; empty for the others."""
+    return RECIPES[name].steps or {}
+
+
+def _fields_of_steps(steps: Mapping[str, str]) -> dict[str, Field]:
+    """``dtype`` sets every step that has it, ``export.dtype`` one; directories are the recipe's to choose."""
+    each = {s: {p: f for p, f in leaves(jobs.JOBS[job]).items() if _is_setting(f)} for s, job in steps.items()}
+    common: dict[str, Field] = {}
+    for fields in each.values():
+        common = {p: f for p, f in fields.items() if p not in steps} | common
+    return common | {
+        f"{s}.{p}": dataclasses.replace(f, path=f"{s}.{p}") for s, found in each.items() for p, f in found.items()
+    }
+
+
+def _is_setting(field: Field) -> bool:
+    return not any(m in (jobs.Dir, jobs.File, jobs.ModelRef) for m in members(field.type))
 
 
 def leaves(owner: Any, prefix: str = "") -> dict[str, Field]:
@@ -196,14 +218,14 @@ def read(field: Field, text: str) -> Any:
             if not text or "\0" in text:
                 problem = "a NUL byte" if text else "an empty value"
                 raise UsageError(f"{field.path}={text!r}: expected {type_name(field.type)}, got {problem}")
-            return paths.absolute(text) if hint is jobs.Dir else text
+            return paths.absolute(text) if hint in (jobs.Dir, jobs.File) else text
     raise _wrong(field, text, "")
 
 
 def _in_range(field: Field, value: int) -> int:
     """`ParallelLayout.resolve` says the same, but only once the recipe is built, and that imports Fiddle."""
     least = 0 if field.path.endswith(".rank_offset") else 1
-    if field.path.startswith("layout.") and value < least:
+    if "layout." in field.path and value < least:
         raise UsageError(f"{field.path}={value}: expected an integer of at least {least}")
     return value
 
@@ -226,16 +248,29 @@ def check_layout(name: str, values: Mapping[str, Any]) -> None:
     Raises:
         UsageError: it does not resolve.
     """
-    own = RECIPES[name].layout
+    own, steps = RECIPES[name].layout, RECIPES[name].steps
     if own is None:
         return
+    with_layout = [s for s, job in (steps or {}).items() if "layout.world_size" in leaves(jobs.JOBS[job])]
+    for step in with_layout or [None]:
+        chosen = {p: v for p, v in values.items() if p.startswith("layout.")}
+        if step is not None:
+            prefix = f"{step}."
+            chosen |= {p.removeprefix(prefix): v for p, v in values.items() if p.startswith(f"{prefix}layout.")}
+        try:
+            _resolve(own, chosen)
+        except UsageError as error:
+            raise UsageError(f"{step}: {error}" if len(with_layout) > 1 else str(error)) from None
+
+
+def _resolve(own: Mapping[str, Mapping[str, int]], chosen: Mapping[str, Any]) -> None:
     sizes: dict[str, dict[str, Any]] = {component: dict(fields) for component, fields in own.items()}
-    for path, value in values.items():
+    for path, value in chosen.items():
         match path.split("."):
             case ["layout", component, field]:
                 sizes.setdefault(component, {})[field] = value
     components = {component: ComponentLayout(**fields) for component, fields in sizes.items()}
-    ParallelLayout(**components, world_size=values.get("layout.world_size")).resolve()
+    ParallelLayout(**components, world_size=chosen.get("layout.world_size")).resolve()
 
 
 def build(name: str, values: Mapping[str, Any]) -> Any:
@@ -246,19 +281,37 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
     function = recipe_function(name)
     parameters = inspect.signature(function).parameters
     recipe = function(**{p: values[p] for p in parameters if p in values})
-    for path, value in values.items():
-        if path not in parameters:
+    steps = RECIPES[name].steps or {}
+    # A step's own field wins over the common one, whatever their order.
+    for path, value in sorted(values.items(), key=lambda item: item[0].partition(".")[0] in steps):
+        if path in parameters:
+            continue
+        step, _, field = path.partition(".")
+        if step in steps and field:
+            _set(recipe[step], field, value)
+        elif steps:
+            for each, job in steps.items():
+                if path in leaves(jobs.JOBS[job]):
+                    _set(recipe[each], path, value)
+        else:
             _set(recipe, path, value)
     return recipe
 
 
 def defaults(name: str) -> dict[str, Any]:
     """Field path -> what the recipe sets when the user does not, `REQUIRED` where the user must."""
-    own = {p: f.default for p, f in leaves(recipe_function(name)).items()}
-    if RECIPES[name].job is None:
+    own: dict[str, Any] = {p: f.default for p, f in leaves(recipe_function(name)).items()}
+    if RECIPES[name].job is None and not steps_of(name):
         return own
     stand_ins = {p: "" for p, value in own.items() if value is REQUIRED}
-    return flat(arguments(build(name, stand_ins))) | own
+    recipe = build(name, stand_ins)
+    if steps_of(name):  # a common field shows what the first step with it has
+        each: dict[str, Any] = {}
+        for step, partial in recipe.items():
+            found = flat(arguments(partial))
+            each = found | each | {f"{step}.{p}": v for p, v in found.items()}
+        return each | own
+    return flat(arguments(recipe)) | own
 
 
 def _set(config: Any, path: str, value: Any) -> None:

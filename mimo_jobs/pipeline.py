@@ -1,28 +1,25 @@
-"""Steps in order on one launcher: the first failure ends the chain with its exit code. JSON records on disk say what ran.
+"""What a chain is and what of it has to run: steps, what is done already, and everything that can be checked beforehand.
 
-A step is launched when the ones before it have succeeded, so the local chain is a loop; on a cluster, where steps are
-queued together, it will be dependencies (``Step.needs`` is simply the step before).
+`running` runs a chain on this machine, `submission` queues it on a cluster; both work from the same `Plan`.
 """
 
 import dataclasses
-import json
 import os
-import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from launchers.base import Job, make_record, outcome
-from mimo_jobs import jobs, overrides, paths
-from mimo_jobs.console import Steps, size
-from mimo_jobs.errors import JobFailed, UserError
+from launchers.base import Job
+from mimo_jobs import jobs, overrides, paths, records
+from mimo_jobs.console import size
+from mimo_jobs.errors import UserError
 from mimo_jobs.layout import ParallelLayout, ResolvedLayout
+from mimo_jobs.records import RunRecord, StepRecord
 
-SCHEMA = 1
-IN_PROCESS = ("verify",)  # needs neither torch nor ranks: starting them would take longer than the work
+IN_PROCESS = ("verify",)  # on this machine needs neither torch nor ranks: starting them would take longer than the work
+USE_GPUS = ("import_hf", "export_hf", "compare_logits")  # whose ranks are placed on GPUs
 
 
 @dataclass(frozen=True)
@@ -54,22 +51,33 @@ class Step:
 
 
 @dataclass
-class Run:
-    """A chain under way, with its records in ``root``: one directory a step, or ``root`` itself for a single step."""
+class Planned:
+    """A step with what was decided about it.
 
-    name: str
-    steps: list[Step]
-    launcher: ModuleType
-    run_id: str
-    root: Path
-    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    Attributes:
+        skip: its output is there and is what it would make.
+        why: the reason, for people; empty when it simply runs.
+        preflight: its weight plan in numbers, None for jobs that have none.
+    """
 
-    def job(self, step: Step) -> Job:
-        """The launcher's view of a step."""
-        number = self.steps.index(step) + 1
-        record = self.root if len(self.steps) == 1 else self.root / f"{number}-{step.name}"
-        run_id = self.run_id if len(self.steps) == 1 else f"{self.run_id}-{number}"
-        return Job(step.job, step.plain(), step.world_size, record, run_id)
+    step: Step
+    skip: bool = False
+    why: str = ""
+    preflight: Any = None
+
+
+@dataclass
+class Plan:
+    """A whole chain, decided and checked. ``warnings`` need --force, ``notes`` are to be read."""
+
+    recipe: str
+    steps: list[Planned]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def to_run(self) -> list[Planned]:
+        return [p for p in self.steps if not p.skip]
 
 
 def steps_of(recipe: Any, name: str) -> list[Step]:
@@ -83,116 +91,183 @@ def steps_of(recipe: Any, name: str) -> list[Step]:
     return found
 
 
-def make_run(name: str, steps: list[Step], launcher: ModuleType) -> Run:
-    """A run with a fresh id; nothing is written yet."""
-    run_id = paths.new_id(name)
-    return Run(name, steps, launcher, run_id, paths.home() / "runs" / run_id)
+def make_plan(
+    name: str, steps: list[Step], resumable: bool, active: Collection[str] = (), done: Collection[str] = ()
+) -> Plan:
+    """Decide what runs and check it all.
+
+    Args:
+        resumable: outputs that are there already are kept, or replaced when they are old.
+        active: steps that are queued or run already; their outputs are on their way.
+        done: steps that a record says succeeded, for those whose output does not say what it was made from.
+
+    Raises:
+        UserError: a step would fail; says why.
+    """
+    for step in steps:
+        step.layout  # noqa: B018  a layout that does not resolve is the first thing to say
+    plan = Plan(name, _decided(steps, active, done) if resumable else [Planned(s) for s in steps])
+    checked = [p for p in plan.to_run if p.step.name not in active]
+    _check_targets(checked)
+    _preflight(plan, checked)
+    return plan
 
 
-def check_targets(steps: list[Step]) -> None:
-    """Raise a `UserError` when any step of a chain would find its target there already."""
+# ------------------------------------------------------------------------------------------------ what is done already
+
+
+def _decided(steps: list[Step], active: Collection[str], done: Collection[str]) -> list[Planned]:
+    from mimo_jobs.conversion import identity
+
+    earlier: dict[str, identity.Identity] = {}
+    pending: set[str] = set()
+    planned = []
+    for step in steps:
+        place = identity.place_of(step.job, step.arguments)
+        inputs = {v for n, v in step.arguments.items() if n in ("left", "right", "model") and v in pending}
+        if place is None and step.name in done and not inputs and step.name not in active:
+            planned.append(Planned(step, skip=True, why="done already, says the record"))
+            continue
+        if place is None or inputs:  # what it reads is still to be made
+            planned.append(
+                Planned(step, why=f"{_names(inputs)} will be made again" if place and place.exists() else "")
+            )
+            pending |= {step.arguments["target"]} if "target" in step.arguments else set()
+            continue
+        expected = identity.expected(step.job, step.arguments, earlier)
+        if step.name in active:
+            assert expected is not None
+            earlier[str(place)] = expected
+            pending.add(str(place))
+            planned.append(Planned(step))
+            continue
+        assert expected is not None
+        one = _compared(step, place, expected)
+        earlier[str(place)] = expected
+        if not one.skip:
+            pending.add(str(place))
+        planned.append(one)
+    return planned
+
+
+def _compared(step: Step, place: Path, expected: Mapping[str, Any]) -> Planned:
+    """Whether what lies at ``place`` is what the step would make; what is not is replaced once the new one is whole."""
+    from mimo_jobs.conversion import identity
+
+    again = (
+        dataclasses.replace(step, arguments={**step.arguments, "overwrite": True})
+        if "overwrite" in step.arguments
+        else step
+    )
+    try:
+        recorded = identity.recorded(step.job, place)
+    except UserError as error:
+        if not identity.is_ours(step.job, place):
+            if step.arguments.get("overwrite"):
+                return Planned(again, why=f"overwrite=true: {place} is replaced")
+            raise UserError(
+                f"{step.name}: {error}\n  it is not from this pipeline; give another workdir, or overwrite=true to replace it"
+            ) from None
+        return Planned(again, why=f"what is there is damaged: {error}")
+    if recorded is None:
+        return Planned(step)
+    changed = identity.difference(recorded, expected)
+    if not changed:
+        return Planned(step, skip=True, why=f"done already: {place} was made from the same inputs and settings")
+    return Planned(again, why=f"{changed}; {place} is replaced")
+
+
+def _names(places: set[str]) -> str:
+    return " and ".join(sorted(places))
+
+
+# --------------------------------------------------------------------------------------------------- what can be checked
+
+
+def _check_targets(steps: list[Planned]) -> None:
     from mimo_jobs.conversion.publish import check_target
 
-    for step in steps:
-        if "target" in step.arguments:
-            check_target(Path(step.arguments["target"]), step.arguments["overwrite"])
+    for planned in steps:
+        arguments = planned.step.arguments
+        if "target" in arguments:
+            check_target(Path(arguments["target"]), arguments["overwrite"])
 
 
-def preflight(step: Step) -> Any:
-    """Everything that can be known before the step's job starts, or None for jobs that have no plan.
+def _preflight(plan: Plan, steps: list[Planned]) -> None:
+    """Plan every step that can be planned now: one whose source an earlier step makes is planned from that step's own source."""
+    from mimo_jobs.conversion import preflight
 
-    Raises:
-        UserError: the job would fail; says why.
-    """
-    if "layout" not in step.arguments:
-        return None
-    from mimo_jobs.conversion.preflight import preflight as check
-
-    return check(step.job, step.arguments)
-
-
-def run_chain(run: Run, view: Steps, plans: Mapping[str, Any]) -> None:
-    """Run every step; fills ``run.summaries``. ``plans`` holds the preflights that were made already, by step name.
-
-    Raises:
-        UserError: the records cannot be written, or a step failed, with its exit code and its first rank's error; later steps did not start.
-    """
-    make_record(run.root)
-    for step in run.steps:
-        with view.step(step.name) as shown:
-            try:
-                _record(run, step, "running")
-                if step.name not in plans:
-                    preflight(step)
-                summary = _run_here(step, shown.watch) if step.job in IN_PROCESS else _launch(run, step, shown.watch)
-            except KeyboardInterrupt:
-                _record(run, step, "interrupted")
-                raise
-            except UserError:
-                _record(run, step, "failed")
-                raise
-            run.summaries[step.name] = summary
-            _record(run, step, "done")
-            shown.done(told(step, summary))
+    makers = {p.step.arguments["target"]: p.step for p in plan.to_run if "target" in p.step.arguments}
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for planned in steps:
+        arguments = planned.step.arguments
+        if "layout" not in arguments:
+            continue
+        maker = makers.get(arguments.get("source", ""))
+        if "model" in arguments and arguments["model"] in makers:
+            continue  # an earlier step makes the model itself
+        if maker is None:
+            made = preflight.preflight(planned.step.job, arguments)
+        elif maker.job == "import_hf" and not Path(maker.arguments["model"]).is_dir():
+            continue  # an earlier step of the chain makes the model itself
+        else:
+            made = preflight.check_export_of(maker.arguments, arguments)
+        planned.preflight = made
+        if made is not None:
+            place = next(p for p in Path(arguments["target"]).parents if p.exists())
+            device = place.stat().st_dev
+            needed[device] = needed.get(device, 0) + made.disk_needed
+            places[device] = place
+            plan.notes += [f"{planned.step.name}: {note}" if len(plan.steps) > 1 else note for note in made.notes]
+    for device, total in needed.items():
+        free = shutil.disk_usage(places[device]).free
+        if total > free:
+            raise UserError(f"the outputs of all steps need {size(total)}, but {places[device]} has {size(free)} free")
 
 
-def _launch(run: Run, step: Step, watch: Any) -> dict[str, Any]:
-    job = run.job(step)
-    job.write()
-    run.launcher.launch(job, watch)
-    ended = outcome(job)
-    if ended.error is not None:
-        _clear_staging(step, job.run_id)
-        error = UserError(f"{step.name}: {ended.error}\n  the ranks' logs are in {job.record}")
-        error.exit_code = ended.exit_code
-        raise error
-    return ended.summary
+# --------------------------------------------------------------------------------------------------------------- records
 
 
-def _clear_staging(step: Step, run_id: str) -> None:
-    """Remove what a failed step was writing; its rank 0 does that itself, unless it was killed."""
-    if "target" not in step.arguments:
-        return
-    from mimo_jobs.conversion.publish import staging_of
-
-    shutil.rmtree(staging_of(Path(step.arguments["target"]), run_id), ignore_errors=True)
+def new_record(plan: Plan, executor: str, about: Mapping[str, Any]) -> RunRecord:
+    """The record of a new run; nothing is written yet."""
+    run_id = paths.new_id(plan.recipe)
+    return record_at(paths.home() / "runs" / run_id, run_id, plan, executor, about)
 
 
-def _run_here(step: Step, watch: Any) -> dict[str, Any]:
-    from mimo_jobs.conversion.verify import verify_hf
-
-    def progress(done: int, total: int) -> None:
-        watch({"phase": "compare", "done": done, "total": total})
-
-    left, right = step.arguments["left"], step.arguments["right"]
-    certificate = verify_hf(left, right, progress=progress)
-    if not certificate["equal"]:
-        names = [*certificate["different"], *certificate["only_left"], *certificate["only_right"]]
-        raise JobFailed(
-            f"{step.name}: {len(names)} tensors differ, the first is {names[0]}\n"
-            f"  nemo-run verify {shlex.quote(left)} {shlex.quote(right)} shows them"
+def record_at(root: Path, run_id: str, plan: Plan, executor: str, about: Mapping[str, Any]) -> RunRecord:
+    """A record of ``plan`` in ``root``."""
+    count = len(plan.steps)
+    steps = [
+        StepRecord(
+            p.step.name, p.step.job, p.step.plain(), records.step_directory(root, i, p.step.name, count),
+            records.step_run_id(run_id, i, count),
         )
-    return certificate
+        for i, p in enumerate(plan.steps, 1)
+    ]  # fmt: skip
+    return RunRecord(root, steps, {"run_id": run_id, "recipe": plan.recipe, "executor": executor, **about})
 
 
-def told(step: Step, summary: Mapping[str, Any]) -> str:
-    """A step's summary in a few words."""
-    if "max_abs_difference" in summary:
-        each = ", ".join(f"{name} {value:g}" for name, value in summary["max_abs_difference"].items())
-        return f"identical; max abs difference: {each}"
-    parts = [f"{summary['tensors']:,} tensors"] if "tensors" in summary else []
-    if isinstance(summary.get("bytes"), int):
-        parts.append(size(summary["bytes"]))
-    where = step.arguments.get("target")
-    return ", ".join(parts) + (f" → {where}" if where else "")
+def step_of(recorded: StepRecord) -> Step:
+    """A recorded step as it was planned, for a run that goes on."""
+    from mimo_jobs.conversion.preflight import as_layout
+
+    arguments = dict(recorded.arguments)
+    if "layout" in arguments:
+        arguments["layout"] = as_layout(arguments["layout"])
+    return Step(recorded.name, recorded.job, arguments)
 
 
-def _record(run: Run, step: Step, state: str) -> None:
-    """RUN.json: what the chain is and how far it got; replaced whole at every change."""
-    reached = run.steps.index(step)
-    states = ["done"] * reached + [state] + ["waiting"] * (len(run.steps) - reached - 1)
-    listed = [{"name": s.name, "job": s.job, "state": t} for s, t in zip(run.steps, states, strict=True)]
-    text = json.dumps({"schema": SCHEMA, "recipe": run.name, "run_id": run.run_id, "steps": listed}, indent=2)
-    partial = run.root / ".RUN.json"
-    partial.write_text(text + "\n")
-    os.replace(partial, run.root / "RUN.json")
+def job_of(planned: Planned, recorded: StepRecord) -> Job:
+    """The launcher's view of a step."""
+    step = planned.step
+    return Job(step.job, step.plain(), step.world_size, recorded.directory, recorded.run_id)
+
+
+def is_local(executor: str) -> bool:
+    return executor.partition(":")[0] == "local"
+
+
+def process_alive(host: str, pid: int) -> bool:
+    """Whether a process that wrote a record still runs, as far as this host can tell."""
+    return host == os.uname().nodename and Path(f"/proc/{pid}").exists()

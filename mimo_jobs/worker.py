@@ -2,7 +2,8 @@
 
 Run by torchrun or srun for every rank; run by hand it repeats the job, or one rank of it, under a debugger. Writes
 ``result.json`` beside JOB.json: rank 0 when the job succeeded, the first rank that fails when it did not. Exit codes:
-0 done, 1 failed, 2 a wrong JOB.json.
+0 done, 1 failed, 2 a wrong JOB.json. ``transient`` in result.json: ended by what may not happen again, a rank that died or an
+interruption.
 """
 
 import signal
@@ -26,8 +27,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mimo_jobs.errors import UsageError, UserError, did_you_mean
+from mimo_jobs.layout import ResolvedLayout
 
 SCHEMA = 1
+INTERRUPTED = "interrupted"
 PATIENCE_SECONDS = 1.0
 STALE_SECONDS = 3.0  # ranks of one attempt start closer together than this, a repetition by hand comes later
 KEYS = {"schema": int, "job": str, "run_id": str, "world_size": int, "record": str, "arguments": dict}
@@ -43,12 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         # A scheduler's or torchrun's SIGTERM ends a rank as Ctrl-C does: tidied up, and with a word to the others.
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGUSR1, _interrupt)  # Slurm's word that the time limit is near
         _end_with_torchrun()
         if len(arguments) != 1:
             raise UsageError("usage: python -m mimo_jobs.worker JOB.json")
         job = read_job(Path(arguments[0]))
         record = Path(job["record"])
         world = _world(arguments[0], job)
+        _log_to_own_file(job, world.rank)
         if world.rank == 0:
             _remove_stale(record, alone=world.size == 1)
         with world:
@@ -58,12 +63,12 @@ def main(argv: list[str] | None = None) -> int:
                 _ignore_signals()  # it is published, or failing already: only the word to the others is left
         if world.rank == 0:
             write_result(record, {"status": "ok", "summary": summary})
-            print(json.dumps(summary, default=str))
+            print(json.dumps({k: v for k, v in summary.items() if k != "digests"}, default=str))
         return 0
     except UserError as error:
         return _failed(record, world, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _failed(record, world, "interrupted", 1)
+        return _failed(record, world, INTERRUPTED, 1)
     except OSError as error:  # a full disk, a directory without permission
         text = error.strerror or str(error)
         return _failed(record, world, f"{error.filename}: {text}" if error.filename else text, 1)
@@ -82,8 +87,40 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def _ignore_signals() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _log_to_own_file(job: dict[str, Any], rank: int) -> None:
+    """Send what this rank says to ``$MIMO_JOBS_LOGS/language.tp0.pp1.log``, after what an earlier attempt said there."""
+    directory = os.environ.get("MIMO_JOBS_LOGS")
+    if not directory:
+        return
+    layout = job["arguments"].get("layout")
+    name = log_name(layout.resolve() if layout is not None else None, rank, job["job"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(Path(directory) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    attempt = os.environ.get("MIMO_JOBS_ATTEMPT", "0")
+    print(
+        f"# {time.strftime('%F %T')} rank {rank} of {job['world_size']} on {os.uname().nodename}, attempt {attempt}, pid {os.getpid()}",
+        flush=True,
+    )
+
+
+def log_name(layout: ResolvedLayout | None, rank: int, job: str) -> str:
+    """A rank's log: ``language.tp0.pp1.log``, ``language.tp1+images.tp0.dp1.log`` where components share the rank, ``verify.log``."""
+    if layout is None:
+        return f"{job}.log"
+    parts = []
+    for component in layout.components_of(rank):
+        at = component.coordinates(rank)
+        named = [f"{n}{at[n]}" for n in ("tp", "pp", "dp", "cp") if n == "tp" or getattr(component, n) > 1]
+        parts.append(".".join([component.name, *named]))
+    return "+".join(parts) + ".log"
 
 
 def _end_with_torchrun() -> None:
@@ -211,8 +248,10 @@ def _failed(record: Path | None, world: Any, message: str, code: int) -> int:
         while time.monotonic() < deadline and not (record / "result.json").exists():
             time.sleep(0.05)
         rank = first[0]
+    transient = message == INTERRUPTED or (world is not None and world.lost)
+    error = {"rank": rank, "message": message, "exit_code": code, "transient": transient}
     with contextlib.suppress(OSError):  # the message is in the log already
-        write_result(record, {"status": "failed", "error": {"rank": rank, "message": message, "exit_code": code}})
+        write_result(record, {"status": "failed", "error": error})
     return code
 
 

@@ -57,6 +57,7 @@ class Manifest:
         files: file name -> bytes, every weight file of the checkpoint.
         companions: path below the checkpoint -> blake3, every file that an export copies or reads beside the weights.
         versions: packages that wrote it.
+        identity: what it was made from (`conversion.identity`); empty in checkpoints of earlier versions.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Manifest:
     files: dict[str, int] = field(default_factory=dict)
     companions: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 

@@ -18,7 +18,7 @@ from mimo_jobs.checkpoint.manifest import (
     versions,
     write_json,
 )
-from mimo_jobs.conversion import publish
+from mimo_jobs.conversion import identity, publish
 from mimo_jobs.conversion.digests import Blocks, file_blocks, file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.options import parse_options, written_config, written_shard
 from mimo_jobs.conversion.rows import RowReader
@@ -338,7 +338,9 @@ def _finish(
             f"{made.args.source}: {len(certificate['different'])} of {len(made.tensors)} tensors differ from what was imported, "
             f"e.g. {first}; the checkpoint is damaged: nothing was published. Import it again"
         )
-    write_json(staging / PARITY_NAME, certificate)
+    source, args = identity.of_mimo(made.args.source), made.args
+    made_of = identity.of_export(source, made.manifest.rules_version, args.dtype, args.mtp, args.verify)
+    write_json(staging / PARITY_NAME, certificate | {"identity": made_of})
     world.check()
     publish.publish(staging, made.args.target, made.args.overwrite)
     counts = {k: certificate[k] for k in ("verified", "equal", "cast", "unknown")}

@@ -21,7 +21,7 @@ from mimo_jobs.checkpoint.manifest import (
     write_json,
     write_manifest,
 )
-from mimo_jobs.conversion import publish
+from mimo_jobs.conversion import identity, publish
 from mimo_jobs.conversion.digests import file_blocks, file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.options import parse_options, written_config, written_shard
 from mimo_jobs.errors import UserError
@@ -167,9 +167,11 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
         UserError: bad input, no space, or (JobFailed) another rank failed first. Nothing is published then.
     """
     made = plan_import(args)
+    revision = ""
     if world.rank == 0:
         publish.check_target(args.target, args.overwrite, args.model)
         publish.check_space(args.target, sum(made.files.values()))
+        revision = identity.of_hf(args.model, made.hf)  # before the first byte is read
     staging = publish.staging_of(args.target, world.run_id)
     world.on_failure(partial(shutil.rmtree, staging, ignore_errors=True))
     if world.rank == 0:
@@ -186,7 +188,8 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
     results = world.gather("imported", {"digests": digests, "seconds": world.seconds})
     summary = None
     if results is not None:
-        _finish(made, staging, merged(results, "digests"), world)
+        made_of = identity.of_import(revision, made.family.rules_version, args.dtype, args.mtp)
+        _finish(made, staging, merged(results, "digests"), made_of, world)
         summary = _summary(made) | {"seconds": slowest(results)}
     return world.broadcast("published", summary)
 
@@ -277,7 +280,7 @@ def _write_companions(made: ImportPlan, staging: Path) -> None:
         (hf / INDEX_NAME).write_bytes(made.hf.index)
 
 
-def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], world: World) -> None:
+def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], made_of: identity.Identity, world: World) -> None:
     """Rank 0: ties, metadata, manifest, publication."""
     for name, target in made.matched.aliases.items():
         if digests[name] != digests[target]:
@@ -298,6 +301,7 @@ def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], world: Wor
             layout=made.args.layout.as_layout(), digests=digests, casts=made.casts, aliases=made.matched.aliases,
             passed_through=[n for n in made.matched.passed_through if n not in made.dropped], dropped=made.dropped,
             files=made.files, companions=companion_digests(staging), versions=versions(),
+            identity=made_of,
         ),
         staging,
     )  # fmt: skip

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jobs.conversion import publish
-from mimo_jobs.conversion.exporter import ExportArgs, plan_export
-from mimo_jobs.conversion.importer import ImportArgs, plan_import
+from mimo_jobs.conversion.exporter import ExportArgs, ExportPlan, plan_export
+from mimo_jobs.conversion.importer import ImportArgs, ImportPlan, plan_import
 from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.layout import ComponentLayout, ParallelLayout, ResolvedLayout
+from mimo_jobs.weights import plan as plans
+from mimo_jobs.weights.dtypes import itemsize
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Preflight:
         casts: number of tensors whose dtype changes.
         disk_needed, disk_free: bytes, where the target goes.
         notes: sentences a user should read before queueing.
+        held: component -> bytes of weights of its fullest rank, were a model built in this layout.
     """
 
     layout: ResolvedLayout
@@ -36,6 +39,7 @@ class Preflight:
     disk_needed: int
     disk_free: int
     notes: list[str]
+    held: dict[str, int]
 
 
 def preflight(job: str, arguments: Mapping[str, Any]) -> Preflight | None:
@@ -63,7 +67,7 @@ def check_import(args: ImportArgs) -> Preflight:
     return Preflight(
         args.layout, len(made.hf.tensors) - len(made.dropped), sum(made.bytes_per_rank), made.bytes_per_rank, sorted(passed),
         sorted(made.matched.weight_map.aliases), sorted(made.dropped), len(made.casts), needed,
-        publish.check_space(args.target, needed), notes,
+        publish.check_space(args.target, needed), notes, held(made),
     )  # fmt: skip
 
 
@@ -78,8 +82,39 @@ def check_export(args: ExportArgs) -> Preflight:
     return Preflight(
         args.layout, len(made.tensors), sum(made.bytes_per_rank), made.bytes_per_rank, sorted(n for n, _ in made.passed_ranks),
         sorted(made.manifest.aliases), sorted(made.dropped), len(made.casts), needed,
-        publish.check_space(args.target, needed), notes,
+        publish.check_space(args.target, needed), notes, held(made),
     )  # fmt: skip
+
+
+def check_export_of(made_by: Mapping[str, Any], arguments: Mapping[str, Any]) -> Preflight:
+    """Plan an export of a checkpoint that an import (arguments ``made_by``) has still to write, from that import's source.
+
+    Raises:
+        UserError: what would stop the export and can be known now.
+    """
+    export = export_args(**arguments)
+    publish.check_target(export.target, export.overwrite, export.source)
+    mtp = "drop" if "drop" in (export.mtp, made_by["mtp"]) else "keep"
+    args = ImportArgs(Path(made_by["model"]), export.source, export.layout, export.dtype or made_by["dtype"], mtp)
+    made = plan_import(args)
+    needed = sum(s.size for s in made.exported.values())
+    return Preflight(
+        export.layout, sum(len(s.tensors) for s in made.exported.values()), sum(made.bytes_per_rank), made.bytes_per_rank,
+        sorted(n for n, _ in made.passed_ranks), sorted(made.matched.weight_map.aliases), sorted(made.dropped), len(made.casts),
+        needed, publish.check_space(export.target, needed), _idle_notes(export.layout, made.bytes_per_rank), held(made),
+    )  # fmt: skip
+
+
+def held(made: ImportPlan | ExportPlan) -> dict[str, int]:
+    """component -> bytes of weights that the rank which holds most of it holds, as a model built in this layout would."""
+    weight_map, layout = made.matched.weight_map, made.args.layout
+    ranks: dict[tuple[str, int], int] = {}
+    for box in plans.boxes(weight_map, layout):
+        rule = weight_map.rules[box.rule]
+        for rank in box.holders:
+            at = (rule.component, rank)
+            ranks[at] = ranks.get(at, 0) + box.rows * box.columns * itemsize(made.matched.dtypes[box.rule])
+    return {name: max((n for (c, _), n in ranks.items() if c == name), default=0) for name in layout.components}
 
 
 def _idle_notes(layout: ResolvedLayout, moved: list[int]) -> list[str]:

@@ -73,6 +73,11 @@ def open_staging(target: Path, run_id: str) -> Path:
     return staging
 
 
+def remove_staging(target: Path, run_id: str) -> None:
+    """Remove what a run that has ended was writing."""
+    shutil.rmtree(staging_of(target, run_id), ignore_errors=True)
+
+
 def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 

@@ -23,6 +23,7 @@ GRACE_SECONDS = 5  # a rank stuck in a system call is ended this long after anot
 INTERRUPT_SECONDS = 1.0
 RECENT_SECONDS = 10
 REPORT_SECONDS = 0.2
+ENDED, LATE = "ended unexpectedly", "did not start within"
 
 
 class World:
@@ -79,7 +80,8 @@ class World:
     @property
     def _address_file(self) -> Path:
         assert self.record is not None
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
+        env = os.environ
+        attempt = env.get("MIMO_JOBS_ATTEMPT") or env.get("TORCHELASTIC_RESTART_COUNT", "0")
         return self.record / f".rank0-address-{attempt}.json"
 
     def _listen(self) -> None:
@@ -100,7 +102,7 @@ class World:
                 if time.monotonic() < deadline:
                     continue
                 missing = sorted(set(range(1, self.size)) - set(self._peers))
-                raise JobFailed(f"ranks {missing} did not start within {CONNECT_SECONDS} s of rank 0") from None
+                raise JobFailed(f"ranks {missing} {LATE} {CONNECT_SECONDS} s of rank 0") from None
             peer.settimeout(10)
             try:
                 hello = json.loads(_readline(peer))
@@ -161,7 +163,7 @@ class World:
             for line in stream:
                 self._receive(rank, json.loads(line))
         if not self._closing and rank not in self._left:
-            self._fail(rank, f"rank {rank} ended unexpectedly (killed, or out of memory?); see its log")
+            self._fail(rank, f"rank {rank} {ENDED} (killed, or out of memory?); see its log")
 
     def _receive(self, rank: int, message: dict) -> None:
         kind = message["kind"]
@@ -203,6 +205,13 @@ class World:
         if self.rank == 0:
             for peer in list(self._peers):
                 self._send(peer, {"kind": "failed", "rank": rank, "message": message})
+
+    @property
+    def lost(self) -> bool:
+        """Whether the first failure is a rank that went silent or never came: it may not happen again."""
+        return self.failure is not None and (
+            ENDED in self.failure[1] or LATE in self.failure[1] or self.failure[1] == "interrupted"
+        )
 
     def check(self) -> None:
         """Raise `JobFailed` with the first error when another rank has failed."""

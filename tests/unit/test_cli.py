@@ -47,6 +47,7 @@ def test_help_lists_what_there_is(arguments, said, capsys):
     assert max(map(len, out.splitlines())) <= 120
 
 
+SLURM = [IMPORT, "model=a", "target=b", "--executor", "slurm"]
 USAGE_ERRORS = [
     (["--halp"], ["unknown option --halp", "did you mean '--help'"]),
     (["verfy", "a", "b"], ["unknown command 'verfy'", "did you mean 'verify'"]),
@@ -58,7 +59,26 @@ USAGE_ERRORS = [
     ([IMPORT, "--dry"], ["unknown option --dry", "did you mean '--dryrun'"]),
     ([IMPORT, "--executor"], ["--executor needs a value"]),
     ([IMPORT, "--executor", "--dryrun"], ["--executor needs a value"]),
-    ([IMPORT, "--executor", "slurm"], ["not built yet", "local"]),
+    ([IMPORT, "model=a", "target=b", "--executor", "slurm:nope"], ["no [slurm.nope]", "executors.toml"]),
+    ([IMPORT, "--executor", "slurm:"], ["unknown executor 'slurm:'", "slurm:NAME"]),
+    ([IMPORT, "--executor", "local:x"], ["unknown executor 'local:x'"]),
+    ([IMPORT, "model=a", "target=b", "executor.partition=x"], ["--executor local has no such field"]),
+    ([*SLURM, "executor.partiton=x"], ["did you mean 'executor.partition'"]),
+    ([*SLURM, "executor.gpus_per_node=0"], ["executor.gpus_per_node=0", "at least 1"]),
+    ([*SLURM, "executor.gpus_per_node=eight"], ["executor.gpus_per_node='eight'", "expected an integer"]),
+    ([*SLURM, "executor.time=1h"], ["executor.time='1h'", "HH:MM:SS"]),
+    ([*SLURM, "executor.partition=a;b"], ["executor.partition='a;b'", "letters, digits"]),
+    ([*SLURM, "executor.qos=$(id)"], ["executor.qos='$(id)'"]),
+    ([*SLURM, "executor.sbatch=--wrap=id"], ["--wrap is set by the launcher"]),
+    ([*SLURM, "executor.environment.A-B=x"], ["'A-B' is no name of an environment variable"]),
+    ([*SLURM, "executor.environment=x"], ["executor.environment.NAME=value"]),
+    ([*SLURM, "on_finish='x"], ["on_finish", "not run by a shell"]),
+    (["recipes.qwen35vl_pipeline", "model=x"], ["needs workdir=..."]),
+    (["recipes.qwen35vl_pipeline", "model=x", "workdir=y", "exprt.dtype=bf16"], ["did you mean 'export.dtype'"]),
+    (["recipes.qwen35vl_pipeline", "model=x", "workdir=y", "export.layout.language.rank_offset=1"], ["export: ", "rank_offset=0"]),
+    (["status", "a", "b"], ["status takes 0 or 1 arguments", "usage:"]),
+    (["cancel"], ["cancel takes 1 argument", "usage:"]),
+    (["stats"], ["did you mean 'status'"]),
     ([IMPORT, "--executor=lokal"], ["unknown executor 'lokal'", "did you mean 'local'"]),
     ([IMPORT, "--json=1"], ["--json takes no value"]),
     ([IMPORT, "modl=x"], ["unknown field 'modl'", "did you mean 'model'"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 import fiddle as fdl
 import pytest
 
-from mimo_jobs import jobs, overrides, pipeline
+from mimo_jobs import jobs, overrides, pipeline, records, running
 from mimo_jobs.errors import UsageError
 from mimo_jobs.layout import ComponentLayout, ParallelLayout
 from recipes import RECIPES, layouts
@@ -314,10 +314,14 @@ def test_the_first_rank_to_write_a_result_wins(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_chain_stops_at_the_first_failure_with_its_exit_code(tmp_path):
-    import json
-    from types import SimpleNamespace
+def chain(tmp_path, names):
+    """A chain of make_tiny steps, decided, and its record."""
+    steps = [pipeline.Step(n, "make_tiny", {"target": f"{tmp_path}/{n}", "seed": 0, "overwrite": False}) for n in names]
+    plan = pipeline.Plan("chain", [pipeline.Planned(s) for s in steps])
+    return plan, pipeline.record_at(tmp_path / "runs" / "chain-1", "chain-1", plan, "local", {})
 
+
+def test_a_chain_stops_at_the_first_failure_with_its_exit_code(tmp_path, monkeypatch):
     from mimo_jobs.console import Steps, make
     from mimo_jobs.errors import UserError
     from mimo_jobs.worker import write_result
@@ -331,21 +335,18 @@ def test_a_chain_stops_at_the_first_failure_with_its_exit_code(tmp_path):
             job.record, {"status": "ok", "summary": {}} if ok else {"status": "failed", "error": {"message": "no luck"}}
         )
 
-    steps = [
-        pipeline.Step(n, "make_tiny", {"target": f"/t/{n}", "seed": 0, "overwrite": False}) for n in ("a", "b", "c")
-    ]
-    run = pipeline.Run("chain", steps, SimpleNamespace(launch=launch), "chain-1", tmp_path / "runs" / "chain-1")  # type: ignore[arg-type]
+    monkeypatch.setattr("launchers.local.launch", launch)
+    plan, run = chain(tmp_path, "abc")
     with pytest.raises(UserError, match="b: no luck") as caught:
-        pipeline.run_chain(run, Steps(make(stderr=True), 3), {})
+        running.run_chain(plan, run, Steps(make(stderr=True), 3))
     assert caught.value.exit_code == 1
     assert started == ["1-a", "2-b"]
-    record = json.loads((run.root / "RUN.json").read_text())
-    assert [s["state"] for s in record["steps"]] == ["done", "failed", "waiting"]
+    kept = records.load(run.root)
+    assert [s.state().state for s in kept.steps] == ["done", "failed", "waiting"]
+    assert "no luck" in kept.step("b").state().reason
 
 
-def test_a_failed_step_leaves_no_staging_directory_of_its_own(tmp_path):
-    from types import SimpleNamespace
-
+def test_a_failed_step_leaves_no_staging_directory_of_its_own(tmp_path, monkeypatch):
     from mimo_jobs.console import Steps, make
     from mimo_jobs.errors import UserError
 
@@ -353,21 +354,23 @@ def test_a_failed_step_leaves_no_staging_directory_of_its_own(tmp_path):
         for run_id in (job.run_id, "another"):
             (tmp_path / f".t.partial-{run_id}").mkdir()
 
-    steps = [pipeline.Step("make", "make_tiny", {"target": f"{tmp_path}/t", "seed": 0, "overwrite": False})]
-    run = pipeline.Run("one", steps, SimpleNamespace(launch=killed), "one-1", tmp_path / "runs")  # type: ignore[arg-type]
+    monkeypatch.setattr("launchers.local.launch", killed)
+    plan, run = chain(tmp_path, "t")
     with pytest.raises(UserError, match="ended without a result"):
-        pipeline.run_chain(run, Steps(make(stderr=True), 1), {})
+        running.run_chain(plan, run, Steps(make(stderr=True), 1))
     assert [p.name for p in tmp_path.glob(".t.*")] == [".t.partial-another"]
 
 
-def test_a_chain_whose_checkpoints_differ_fails(monkeypatch):
+def test_checkpoints_that_differ_fail_their_step(tmp_path, monkeypatch):
     import mimo_jobs.conversion.verify as module
     from mimo_jobs.errors import JobFailed
 
     found = {"equal": False, "different": {"a.weight": {}}, "only_left": [], "only_right": ["b"]}
     monkeypatch.setattr(module, "verify_hf", lambda *_, **__: found)
+    monkeypatch.setattr(module.identity, "of_hf", lambda directory: "")
     with pytest.raises(JobFailed, match=r"2 tensors differ, the first is a\.weight\n  nemo-run verify '/l 1' /r"):
-        pipeline._run_here(pipeline.Step("verify", "verify", {"left": "/l 1", "right": "/r"}), lambda progress: None)
+        module.certify("/l 1", "/r", tmp_path / "certificate.json")
+    assert not (tmp_path / "certificate.json").exists()
 
 
 def test_a_job_without_a_result_failed_and_says_how_its_rank_died(tmp_path):
@@ -400,13 +403,18 @@ def test_the_fields_of_the_layout_are_those_of_its_dataclasses():
 @pytest.mark.parametrize("name", [n for n, entry in RECIPES.items() if entry.layout])
 def test_the_layout_in_the_table_is_the_recipes_own(name):
     """So that a layout that does not resolve is answered without Fiddle, by the very same error."""
-    required = {f: "/x" for f in ("model", "source", "target") if f in overrides.recipe_fields(name)}
-    built = overrides.build(name, required)
+    required = {f: "/x" for f in ("model", "source", "target", "workdir") if f in overrides.recipe_fields(name)}
+    steps = [s for s, job in (RECIPES[name].steps or {}).items() if job != "verify"]
+
+    def layout_of(values):
+        built = overrides.build(name, required | values)
+        return fdl.build((built[steps[0]] if steps else built).layout)
+
     own = ParallelLayout(**{c: ComponentLayout(**f) for c, f in RECIPES[name].layout.items()})
-    assert fdl.build(built.layout) == own
+    assert layout_of({}) == own
     for values in ({"layout.images.rank_offset": 3}, {"layout.images.pp": 2}, {"layout.world_size": 7}):
         with pytest.raises(UsageError) as early:
             overrides.check_layout(name, values)
         with pytest.raises(UsageError) as late:
-            fdl.build(overrides.build(name, required | values).layout).resolve()
-        assert str(early.value) == str(late.value)
+            layout_of(values).resolve()
+        assert str(early.value).removeprefix(f"{steps[0]}: " if steps else "") == str(late.value)

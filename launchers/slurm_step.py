@@ -1,0 +1,326 @@
+"""A step on its batch host: ``python -m launchers.slurm_step RECORD`` starts the ranks, and writes down what happens to them.
+
+It is what ``sbatch.sh`` becomes. It runs the ``srun`` of STEP.json, and then:
+
+* ranks that succeed: ``done``;
+* a rank that died (killed, out of memory, lost node): the ranks are started again, ``retries`` times;
+* an error that would come again (bad input, a full disk): ``failed``, at once;
+* the time limit is near or the job is preempted (`--signal`): the ranks are asked to stop, and the job goes back to the queue;
+* cancelled: ``cancelled``.
+
+Every outcome is a line in ``events.jsonl``, so that what happened is known where Slurm's own accounting is off.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launchers import slurm_commands
+from launchers.base import Job, Outcome, log_tail, outcome
+from launchers.slurm import STEP
+from launchers.slurm_commands import SlurmError
+from mimo_jobs.conversion import identity
+from mimo_jobs.errors import UserError
+from mimo_jobs.records import StepRecord
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+GOING_ON = 75  # EX_TEMPFAIL: this batch job ends, the step does not
+HOOK_SECONDS = 60
+POLL_SECONDS = 0.5
+REQUEUE_ATTEMPTS = 5
+MOST_IDLE_REQUEUES = 3  # time limits in a row that a step may reach without having come further
+RESULTS = ("result.json", "progress.json")
+KILLED = re.compile(
+    r"srun: error: (?P<host>\S+): tasks? (?P<rank>[\d,-]+): (?P<how>Killed|Out Of Memory|Segmentation fault|Aborted)"
+)
+
+
+class Step:
+    """One run of a step's batch job."""
+
+    def __init__(self, directory: Path) -> None:
+        self.plan = json.loads((directory / STEP).read_text())
+        job = json.loads((directory / "JOB.json").read_text())
+        self.job = Job(job["job"], job["arguments"], job["world_size"], directory, job["run_id"])
+        self.record = StepRecord(self.plan["step"], job["job"], job["arguments"], directory, job["run_id"])
+        self.job_id = int(os.environ.get("SLURM_JOB_ID") or 0)
+        self.signals: list[int] = []
+        self.ranks: subprocess.Popen[bytes] | None = None
+        self.log_start = 0
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def run(self) -> int:
+        """Run the step to an end, or back into the queue; returns the batch job's exit code."""
+        for signum in SIGNALS:
+            signal.signal(signum, self._on_signal)
+        nodes, restarts = os.environ.get("SLURM_JOB_NODELIST", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        self.record.add(
+            "started", job_id=self.job_id, nodes=nodes, restarts=restarts, gpus=self.plan["allocated_gpus"], host=os.uname().nodename,
+        )  # fmt: skip
+        if identity.is_complete(self.job.name, self.job.arguments):
+            return self._end("done", 0, reason="its output was there already, made from the same inputs and settings")
+        if self._node_failures() > self.plan["retries"]:
+            return self._end(
+                "failed", 1, reason=f"its nodes failed {self._node_failures()} times (retries={self.plan['retries']})"
+            )
+        for attempt in range(self.plan["retries"] + 1):
+            if attempt:
+                self.record.add("retry", reason=self._last_words, attempt=attempt)
+            ended = self._attempt(attempt, restarts)
+            if ended.error is None:
+                return self._end("done", 0)
+            if self.signals:
+                return self._after_signal()
+            if not ended.transient:
+                break
+            if (stopped := self._stopped_by_slurm()) is not None:
+                return stopped
+            self._last_words = ended.error
+        return self._end("failed", 1, reason=ended.error)
+
+    def _attempt(self, attempt: int, restarts: int) -> Outcome:
+        """Start every rank, wait for all of them, and read what they left."""
+        for name in RESULTS:
+            (self.job.record / name).unlink(missing_ok=True)
+        log = self.job.record / "slurm.log"
+        self.log_start = log.stat().st_size if log.exists() else 0
+        ours = {
+            **self.plan["environment"],
+            "MIMO_JOBS_ATTEMPT": f"{restarts}-{attempt}",
+            "LOCAL_WORLD_SIZE": str(self.plan["ranks_on_a_node"]),
+        }
+        environment = _for_srun(ours)
+        if self.plan["node_of_rank"] is not None:
+            environment["SLURM_HOSTFILE"] = str(self._write_hosts())
+        if not self.signals:
+            # Its own process group: a signal to the batch job's group reaches the ranks once, through srun.
+            self.ranks = subprocess.Popen(
+                self.plan["srun"], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            if self.signals:  # it arrived meanwhile
+                self._forward(self.signals[-1])
+            code = self.ranks.wait()
+            self.ranks = None
+        else:
+            code = 1
+        ended = outcome(self.job)
+        if ended.error is None and code:
+            return Outcome({}, f"srun ended with exit code {code} after the job had succeeded", 1, transient=True)
+        return ended if ended.error is None else self._explained(ended)
+
+    def _explained(self, ended: Outcome) -> Outcome:
+        """The first error: what the first failing rank said, else how Slurm says that it died."""
+        result = self.job.record / "result.json"
+        with contextlib.suppress(OSError):
+            text = (self.job.record / "slurm.log").read_bytes()[self.log_start :].decode(errors="replace")
+            died = KILLED.search(text)
+            said = json.loads(result.read_text())["error"] if result.exists() else None
+            if died and (said is None or said.get("transient")):
+                rank = died["rank"]
+                how = {"Killed": "was killed (SIGKILL; out of memory?)", "Out Of Memory": "ran out of host memory"}.get(
+                    died["how"], f"died: {died['how']}"
+                )
+                tail = log_tail(self.job.record, rank=int(re.split(r"[,-]", rank)[0]))
+                return Outcome(
+                    {}, f"rank {rank} on {died['host']} {how}" + (f"\n{tail}" if tail else ""), 1, transient=True
+                )
+            if said is None:  # no rank came as far as to say anything
+                lines = "\n".join(f"  {line}" for line in text.splitlines()[-6:] if line.strip())
+                return Outcome({}, f"no rank left a result; srun's last words:\n{lines}", 1, transient=True)
+        return ended
+
+    def _write_hosts(self) -> Path:
+        """The host of every rank, for srun's arbitrary distribution."""
+        hosts = slurm_commands.hosts(os.environ["SLURM_JOB_NODELIST"])
+        path = self.job.record / ".hosts"
+        path.write_text("".join(f"{hosts[n]}\n" for n in self.plan["node_of_rank"]))
+        return path
+
+    # ------------------------------------------------------------------------------------------------------ signals
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self.signals.append(signum)
+        self._forward(signum)
+
+    def _forward(self, signum: int) -> None:
+        """Ask the ranks to stop: srun passes it on to every task."""
+        if self.ranks is not None and self.ranks.poll() is None and len(self.signals) == 1:
+            with contextlib.suppress(ProcessLookupError):
+                self.ranks.send_signal(signal.SIGUSR1)
+
+    def _after_signal(self) -> int:
+        """The ranks have stopped because this job was told to: back to the queue, unless somebody cancelled it."""
+        fields = self._slurm_fields()
+        state = fields.get("JobState", "")
+        if state == "CANCELLED":
+            return self._end("cancelled", 130, reason="cancelled")
+        if state in ("PENDING", "REQUEUED"):  # Slurm has requeued it already
+            return self._requeued(fields, ask=False)
+        return self._requeued(fields, ask=True)
+
+    def _stopped_by_slurm(self) -> int | None:
+        """Whether the ranks ended because Slurm ends the whole job (preemption and node failure signal steps, not this process)."""
+        deadline = time.monotonic() + 2.0
+        while True:
+            fields = self._slurm_fields()
+            state = fields.get("JobState", "")
+            if self.signals:
+                return self._after_signal()
+            if state == "CANCELLED":
+                return self._end("cancelled", 130, reason="cancelled")
+            if fields.get("PreemptTime", "None") not in ("None", "") or state == "PREEMPTED":
+                return self._requeued(fields, ask=True)
+            if state in ("PENDING", "REQUEUED", "NODE_FAIL"):
+                return self._requeued(fields, ask=False)
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+
+    def _requeued(self, fields: dict[str, str], ask: bool) -> int:
+        preempted = fields.get("PreemptTime", "None") not in ("None", "")
+        why = (
+            "preempted"
+            if preempted
+            else "its time limit was near"
+            if signal.SIGUSR1 in self.signals
+            else "stopped by Slurm"
+        )
+        if not preempted and self._limits_without_progress() >= MOST_IDLE_REQUEUES:
+            limit = f"time={self.plan['time']}" if self.plan["time"] else "the partition's time limit"
+            return self._end(
+                "failed",
+                1,
+                reason=f"it reached {limit} {MOST_IDLE_REQUEUES} times without coming further; set executor.time to more",
+            )
+        if not ask:
+            self.record.add("requeued", reason=why, job_id=self.job_id)
+            return GOING_ON
+        self.record.add("requeued", reason=why, job_id=self.job_id, progress=self._progress())
+        for attempt in range(REQUEUE_ATTEMPTS):
+            try:
+                slurm_commands.requeue(self.job_id)
+                break
+            except SlurmError as error:
+                if attempt + 1 == REQUEUE_ATTEMPTS:
+                    return self._end("failed", 1, reason=f"{why}, and it could not be requeued: {error}")
+                time.sleep(2.0 * (attempt + 1))
+        time.sleep(30)  # Slurm ends this process; ending by itself first would make the job a failed one
+        return GOING_ON
+
+    def _slurm_fields(self) -> dict[str, str]:
+        with contextlib.suppress(SlurmError):
+            return slurm_commands.job_fields(self.job_id)
+        return {}
+
+    def _progress(self) -> int:
+        """How far the step has come for good: bytes that a resumed conversion need not write again."""
+        found = self.job.record / "resume.json"
+        try:
+            return int(json.loads(found.read_text())["bytes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _limits_without_progress(self) -> int:
+        """How many times in a row, this one included, the step was requeued without having come further."""
+        seen = [self._progress()]
+        for event in reversed(self.record.events()):
+            if event["event"] == "submitted":
+                break
+            if event["event"] == "requeued" and event.get("reason") != "preempted":
+                seen.append(int(event.get("progress") or 0))
+        return next((i for i, p in enumerate(seen) if p != seen[0]), len(seen))
+
+    def _node_failures(self) -> int:
+        """Starts of this job that ended without a word: its batch host died."""
+        count, open_start = 0, False
+        for event in self.record.events()[:-1]:
+            if event["event"] == "submitted":
+                count, open_start = 0, False
+            elif event["event"] == "started":
+                count += open_start
+                open_start = True
+            elif event["event"] in ("requeued", "done", "failed", "cancelled"):
+                open_start = False
+        return count + open_start
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    _last_words: str = ""
+
+    def _end(self, event: str, code: int, reason: str | None = None) -> int:
+        if event != "done":
+            self._clear_staging()
+        fields: dict[str, Any] = {"exit_code": code, "job_id": self.job_id}
+        if reason:
+            fields["reason"] = reason
+        self.record.add(event, **fields)
+        if event != "done":
+            print(f"{self.plan['step']}: {event}: {reason}", file=sys.stderr, flush=True)
+        self._hook(event)
+        return code
+
+    def _clear_staging(self) -> None:
+        """What the step was writing goes; a killed rank 0 could not remove it."""
+        if "target" in self.job.arguments:
+            from mimo_jobs.conversion.publish import remove_staging
+
+            remove_staging(Path(self.job.arguments["target"]), self.job.run_id)
+
+    def _hook(self, event: str) -> None:
+        """Give the step's JSON to the ``on_finish`` command. Its failure is noted and changes nothing."""
+        if not self.plan["on_finish"]:
+            return
+        state = self.record.state()
+        said = {
+            "run": self.plan["run"], "step": self.plan["step"], "state": event, "reason": state.reason, "job_id": self.job_id,
+            "exit_code": state.exit_code, "seconds": round(state.seconds, 1), "gpu_hours": round(state.gpu_seconds / 3600, 4),
+            "attempts": state.attempts, "nodes": state.nodes, "record": str(self.job.record), "summary": self.record.summary(),
+        }  # fmt: skip
+        try:
+            done = subprocess.run(
+                self.plan["on_finish"],
+                input=json.dumps(said, default=str),
+                text=True,
+                timeout=HOOK_SECONDS,
+                check=False,
+            )
+            problem = f"exit code {done.returncode}" if done.returncode else None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = str(error)
+        self.record.add("hook", command=self.plan["on_finish"], **({"problem": problem} if problem else {}))
+
+
+def _for_srun(more: dict[str, str]) -> dict[str, str]:
+    """The batch job's environment without what another launcher left, and without what would override srun's own options."""
+    unwanted = (
+        "SLURM_NTASKS_PER_NODE",
+        "SLURM_TASKS_PER_NODE",
+        "SLURM_NTASKS",
+        "SLURM_NPROCS",
+        "SLURM_DISTRIBUTION",
+        "SLURM_EXPORT_ENV",
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in unwanted and not slurm_commands.LAUNCHED.fullmatch(k)}
+    return kept | more
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the step of a record; returns the batch job's exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return Step(Path(arguments[0])).run()
+    except (UserError, OSError, ValueError, KeyError, IndexError) as error:
+        print(f"slurm_step: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""The commands on recorded runs: status, list, logs, cancel, resume, diff. Each prints, and returns an exit code."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from launchers import base, profiles, slurm_commands
+from mimo_jobs import console, monitor, paths, pipeline, records, running, submission
+from mimo_jobs.errors import UsageError, UserError
+from mimo_jobs.monitor import SeenRun
+from mimo_jobs.records import SUCCEEDED, RunRecord
+
+RECENT = 5
+POLL_SECONDS = 0.5
+SHORT_DIFF = 400
+
+
+def status(name: str | None, as_json: bool, everything: bool = False, wait: bool = False) -> int:
+    """Runs under way (all of them, or the last few when none is), or one run in full."""
+    home = paths.home()
+    if name is not None:
+        run = records.find(name, home)
+        seen = monitor.wait(run) if wait else monitor.look([run])[0]
+        if as_json:
+            print(json.dumps(seen.data(), indent=2, default=str))
+        else:
+            out = console.make()
+            out.print(console.status_table([seen]))
+            _print_notes(out, seen)
+            if wrong := next((s for s in seen.steps if s.state.state == "failed"), None):
+                out.print(f"{wrong.step.name} failed: {wrong.state.reason}", soft_wrap=True)
+                out.print(
+                    f"logs      nemo-run logs {run.run_id}.{wrong.step.name}\nresume    nemo-run resume {run.run_id}",
+                    soft_wrap=True,
+                )
+        return int(wait and seen.state != "done")
+    seen_runs = monitor.look(_readable(home))
+    shown = seen_runs if everything else [s for s in seen_runs if s.active] or seen_runs[:RECENT]
+    if as_json:
+        print(json.dumps({"runs": [s.data() for s in shown]}, indent=2, default=str))
+        return 0
+    out = console.make()
+    if not shown:
+        out.print(f"no runs in {home / 'runs'}", soft_wrap=True)
+        return 0
+    out.print(console.status_table(shown))
+    for note in dict.fromkeys(n for s in shown for n in s.notes):
+        out.print(f"note: {note}", soft_wrap=True)
+    if len(shown) < len(seen_runs):
+        out.print(f"{len(seen_runs) - len(shown)} more runs: nemo-run list", style="dim")
+    return 0
+
+
+def _readable(home: Path) -> list[RunRecord]:
+    found = []
+    for root in records.all_runs(home):
+        with contextlib.suppress(UserError):  # of another version, or damaged
+            found.append(records.load(root))
+    return found
+
+
+def _print_notes(out: Any, seen: SeenRun) -> None:
+    for note in seen.notes:
+        out.print(f"note: {note}", soft_wrap=True)
+
+
+def list_runs(as_json: bool) -> int:
+    """Every run, a line each."""
+    seen = monitor.look(_readable(paths.home()))
+    if as_json:
+        print(json.dumps({"runs": [s.data() for s in seen]}, indent=2, default=str))
+        return 0
+    out = console.make()
+    if not seen:
+        out.print(f"no runs in {paths.home() / 'runs'}", soft_wrap=True)
+        return 0
+    out.print(console.run_table(seen))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ logs
+
+
+def logs(target: str, follow: bool) -> int:
+    """Print the logs of ``ID``, ``ID.step`` or ``ID.step:component``; with ``follow`` until the step has ended."""
+    head, _, component = target.partition(":")
+    if os.sep in head:
+        name, step = head, ""
+    else:
+        name, _, step = head.partition(".")
+    run = records.find(name, paths.home())
+    steps = [run.step(step)] if step else [s for s in run.steps if s.state().state != "waiting"]
+    shown = LogView(sys.stdout, several=True)
+    found = 0
+    while True:
+        # The state first: what is written before the end is then read after it.
+        active = follow and any(
+            s.state.state in ("queued", "running") for s in monitor.look([run])[0].steps if s.step in steps
+        )
+        for one in steps:
+            files = [p for p in base.logs(one.directory) if not component or _is_of(p, component)]
+            found += len(files)
+            for path in files:
+                shown.show(path, f"{one.name}/{_label(path, one.directory)}")
+        if not active:
+            break
+        time.sleep(POLL_SECONDS)
+    if not found:
+        what = f" of {component}" if component else ""
+        known = sorted({p.stem.partition(".")[0] for s in steps for p in base.logs(s.directory)})
+        raise UserError(
+            f"{target}: no logs{what} yet"
+            + (f"; there are {', '.join(known)}" if known else f"; nemo-run status {run.run_id} says why")
+        )
+    return 0
+
+
+def _is_of(path: Path, component: str) -> bool:
+    """``language`` and ``language.tp0`` both name ``language.tp0.pp1.log``; either part of ``language.tp0+images.tp0.log`` does."""
+    return any(
+        part == component or part.startswith(f"{component}.") for part in path.name.removesuffix(".log").split("+")
+    )
+
+
+def _label(path: Path, directory: Path) -> str:
+    relative = path.relative_to(directory)
+    return (
+        relative.name.removesuffix(".log") if relative.parts[0] == "logs" or len(relative.parts) == 1 else str(relative)
+    )
+
+
+class LogView:
+    """Prints what files have beyond what was printed of them already, each line with where it is from."""
+
+    def __init__(self, out: TextIO, several: bool) -> None:
+        self.out, self.several = out, several
+        self.at: dict[Path, int] = {}
+
+    def show(self, path: Path, label: str) -> None:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(self.at.get(path, 0))
+            text = file.read()
+            whole = text[: text.rfind(b"\n") + 1] if self.at.get(path) is not None or b"\n" in text else text
+            self.at[path] = self.at.get(path, 0) + len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                print(f"{label} | {line}", file=self.out)
+            self.out.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------- cancel
+
+
+def cancel(name: str) -> int:
+    """End every step of a run that is queued or running."""
+    run = records.find(name, paths.home())
+    if pipeline.is_local(run.executor):
+        print(f"{run.run_id}: {running.cancel(run)}")
+        return 0
+    seen = monitor.look([run])[0]
+    if seen.notes:
+        raise UserError(f"{run.run_id}: {seen.notes[0]}; nothing was cancelled")
+    active = [s for s in seen.steps if s.state.state in ("queued", "running")]
+    ids = [
+        s.state.job_id for s in reversed(active) if s.state.job_id is not None
+    ]  # dependents first: none starts meanwhile
+    slurm_commands.cancel(ids)
+    for one in active:
+        if one.state.state == "queued":  # a running one writes its own last word
+            one.step.add("cancelled", reason="cancelled by nemo-run cancel", exit_code=130)
+    print(
+        f"{run.run_id}: "
+        + (
+            ", ".join(f"{s.step.name} (job {s.state.job_id})" for s in active) + " cancelled"
+            if active
+            else "nothing of it is queued or runs"
+        )
+    )
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- resume
+
+
+def resume(name: str, given: Mapping[str, str], force: bool, as_json: bool = False) -> int:
+    """Go on with a run: what is done stays, what is queued or running is waited for, the rest runs again in order."""
+    run = records.find(name, paths.home())
+    seen = monitor.look([run])[0]
+    if seen.notes:
+        raise UserError(f"{run.run_id}: {seen.notes[0]}; resume it when Slurm answers")
+    local = pipeline.is_local(run.executor)
+    if local and seen.active:
+        raise UserError(
+            f"{run.run_id}: still runs (process {run.about.get('pid')}); nemo-run cancel {run.run_id} ends it"
+        )
+    active = {
+        s.step.name: s.state.job_id for s in seen.steps if s.state.state in ("queued", "running") and s.state.job_id
+    }
+    plan = _planned_again(run, seen, active)
+    if not plan.to_run or all(p.step.name in active for p in plan.to_run):
+        print(f"{run.run_id}: nothing to do: " + ", ".join(f"{s.step.name} {s.state.state}" for s in seen.steps))
+        return 0
+    told = [p.step.name for p in plan.to_run if p.step.name not in active]
+    if local:
+        print(f"{run.run_id}: from {told[0]}", file=sys.stderr)
+        again = pipeline.record_at(run.root, run.run_id, plan, run.executor, {**run.about, **_process()})
+        running.run_chain(plan, again, console.Steps(console.make(stderr=True), len(plan.steps)))
+        return 0
+    profile = profiles.from_plain(run.about.get("profile") or {}, profiles.parse(given))
+    asked = submission.prepare(plan, profile, need_slurm=True)
+    check_warnings(plan, force)
+    about = {**run.about, **_process(), "profile": profile.plain()}
+    again = pipeline.record_at(run.root, run.run_id, plan, run.executor, about)
+    submission.check_requests(asked, again, run.root, set(active))
+    if not active:
+        submission.write_about(asked, again, None)
+    else:
+        again.write()
+    queued = submission.submit(asked, again, {n: j for n, j in active.items() if j is not None})
+    if as_json:
+        print(json.dumps({"run_id": run.run_id, "record": str(run.root), "jobs": queued}))
+    else:
+        print(f"{run.run_id}: " + ", ".join(f"{n} queued as job {j}" for n, j in queued.items()))
+        for planned in plan.steps:
+            if planned.skip:
+                print(f"  {planned.step.name} stays: {planned.why}")
+    return 0
+
+
+def _process() -> dict[str, Any]:
+    from mimo_jobs.provenance import who
+
+    return who()
+
+
+def _planned_again(run: RunRecord, seen: SeenRun, active: Mapping[str, Any]) -> pipeline.Plan:
+    """The chain of a record, decided anew. Steps whose output says nothing about itself are done when the record says so."""
+    done = {s.step.name for s in seen.steps if s.state.state in SUCCEEDED}
+    return pipeline.make_plan(
+        str(run.about.get("recipe")), [pipeline.step_of(s) for s in run.steps], True, active=set(active), done=done
+    )
+
+
+def check_warnings(plan: pipeline.Plan, force: bool) -> None:
+    """Raise a `UsageError` for warnings, unless they are to be overridden."""
+    if plan.warnings and not force:
+        raise UsageError("\n  ".join(plan.warnings) + "\n  --force submits it all the same")
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------------ diff
+
+
+def diff(left: str, right: str, as_json: bool) -> int:
+    """What differs between two runs: configuration, profile, versions, commit, code. Exit code 0 whether or not they do."""
+    a, b = (records.find(n, paths.home()) for n in (left, right))
+    pairs = {key: (x, y) for key, (x, y) in _joined(_facts(a), _facts(b)).items() if x != y}
+    if as_json:
+        print(
+            json.dumps(
+                {"left": a.run_id, "right": b.run_id, "different": {k: list(v) for k, v in pairs.items()}},
+                indent=2,
+                default=str,
+            )
+        )
+        return 0
+    out = console.make()
+    if not pairs:
+        out.print("no difference in configuration, profile, versions or code")
+        return 0
+    out.print(console.diff_table(a.run_id, b.run_id, pairs))
+    return 0
+
+
+def _joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {k: (a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b])}
+
+
+def _facts(run: RunRecord) -> dict[str, Any]:
+    from mimo_jobs.overrides import flat
+
+    about = run.about
+    found = {"recipe": about.get("recipe"), "executor": run.executor}
+    for step in run.steps:
+        found |= flat(step.arguments, f"{step.name}.")
+    found |= flat(about.get("profile") or {}, "executor.")
+    found |= flat(about.get("versions") or {}, "version.")
+    code = about.get("code") or {}
+    found |= {"commit": code.get("commit"), "uncommitted": ", ".join(code.get("dirty") or []) or None}
+    with contextlib.suppress(OSError):
+        text = (run.root / "code.diff").read_text(errors="replace")
+        found["code.diff"] = text if len(text) <= SHORT_DIFF else f"{text.count(chr(10))} lines, blake3 {_digest(text)}"
+    return found
+
+
+def _digest(text: str) -> str:
+    from mimo_jobs.checkpoint.manifest import file_digest
+
+    return file_digest(text.encode())[:12]

@@ -1,0 +1,171 @@
+"""What an output was made from, as a small dict that it carries: so a step that is done is known, and why another is not.
+
+An identity names the job, the version of its rules, the settings that change bytes, and its inputs: for a Hugging Face checkpoint
+a digest over file names, sizes, modification times and small files; for an output of another step the digest of *its* identity. So
+the identities of a whole chain are known before any of it ran. The layout is not part of it: every layout makes the same bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mimo_jobs.checkpoint.manifest import (
+    MANIFEST_NAME,
+    PARITY_NAME,
+    companion_files,
+    file_digest,
+    read_config,
+    read_manifest,
+)
+from mimo_jobs.conversion.options import parse_options
+from mimo_jobs.errors import UserError
+from mimo_jobs.families import family_of
+from mimo_jobs.weights.json_files import read_bytes, read_object
+from mimo_jobs.weights.safetensors_io import HfCheckpoint, open_hf
+
+Identity = dict[str, Any]
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """blake3 of an identity's canonical JSON."""
+    return file_digest(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode())
+
+
+def of_hf(directory: Path, hf: HfCheckpoint | None = None) -> str:
+    """The revision of a Hugging Face checkpoint, from its headers and small files: no tensor is read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    hf = hf or open_hf(directory)
+    weights = []
+    for name, shard in sorted(hf.shards.items()):
+        stat = (directory / name).stat()
+        weights.append([name, stat.st_size, stat.st_mtime_ns, file_digest(shard.header)])
+    small = [[p.name, file_digest(read_bytes(p))] for p in companion_files(directory)]
+    return digest({"weights": weights, "companions": small, "index": file_digest(hf.index or b"")})
+
+
+def of_import(source: str, rules_version: int, dtype: str | None, mtp: str) -> Identity:
+    """The identity of a MIMO checkpoint; ``source`` is `of_hf` of what was read."""
+    return {
+        "job": "import_hf",
+        "rules": rules_version,
+        "source": source,
+        "dtype": parse_options(dtype, mtp),
+        "mtp": mtp,
+    }
+
+
+def of_export(source: str, rules_version: int, dtype: str | None, mtp: str, verify: bool) -> Identity:
+    """The identity of an export; ``source`` is `of_mimo` of the checkpoint."""
+    return {
+        "job": "export_hf", "rules": rules_version, "source": source, "dtype": parse_options(dtype, mtp), "mtp": mtp, "verify": verify,
+    }  # fmt: skip
+
+
+def of_verify(left: str, right: str, dtype: str | None, mtp: str) -> Identity:
+    """The identity of a certificate; both sides are `of_hf`."""
+    return {"job": "verify", "left": left, "right": right, "dtype": parse_options(dtype, mtp), "mtp": mtp}
+
+
+def of_mimo(directory: Path) -> str:
+    """The revision of a MIMO checkpoint: of the identity it carries, else of its manifest."""
+    recorded = read_manifest(directory).identity
+    return digest(recorded) if recorded else file_digest(read_bytes(directory / MANIFEST_NAME))
+
+
+def recorded(job: str, place: Path) -> Identity | None:
+    """The identity that an output carries, None when it is not there; its manifest is checked.
+
+    Raises:
+        UserError: something else is there, or the output is damaged.
+    """
+    if not place.exists():
+        return None
+    if job == "import_hf":
+        return read_manifest(place).identity or {}
+    if job == "verify":
+        return read_object(place).get("identity") or {}
+    open_hf(place)
+    if not (place / PARITY_NAME).is_file():
+        raise UserError(f"{place}: has no {PARITY_NAME}: not an export of mimo_jobs")
+    return read_object(place / PARITY_NAME).get("identity") or {}
+
+
+def rules_of(directory: Path) -> int:
+    """The version of the rules for a Hugging Face checkpoint."""
+    return family_of(read_config(directory), directory / "config.json").rules_version
+
+
+def is_ours(job: str, place: Path) -> bool:
+    """Whether what lies there, damaged perhaps, was written by such a job: replacing it loses nothing that cannot be made again."""
+    marker = {"import_hf": place / MANIFEST_NAME, "export_hf": place / PARITY_NAME, "verify": place}[job]
+    return marker.is_file()
+
+
+def expected(job: str, arguments: Mapping[str, Any], earlier: Mapping[str, Identity]) -> Identity | None:
+    """The identity that a job's output will carry; None for jobs whose outputs carry none.
+
+    Args:
+        earlier: output directory -> identity, of steps of the same chain that will have made it by then.
+
+    Raises:
+        UserError: an input cannot be read.
+    """
+    if job == "import_hf":
+        model = Path(arguments["model"])
+        return of_import(of_hf(model), rules_of(model), arguments["dtype"], arguments["mtp"])
+    if job == "export_hf":
+        made = earlier.get(arguments["source"])
+        source = Path(arguments["source"])
+        rules = made["rules"] if made else read_manifest(source).rules_version
+        revision = digest(made) if made else of_mimo(source)
+        return of_export(revision, rules, arguments["dtype"], arguments["mtp"], arguments["verify"])
+    if job == "verify" and arguments.get("certificate"):
+        left, right = (of_hf(Path(arguments[side])) for side in ("left", "right"))
+        return of_verify(left, right, arguments["dtype"], arguments["mtp"])
+    return None
+
+
+def place_of(job: str, arguments: Mapping[str, Any]) -> Path | None:
+    """Where a job's output lies, None when it leaves none that carries an identity."""
+    name = {"import_hf": "target", "export_hf": "target", "verify": "certificate"}.get(job)
+    return Path(arguments[name]) if name and arguments.get(name) else None
+
+
+def is_complete(job: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a job's output is there already and was made from just these inputs and settings."""
+    place = place_of(job, arguments)
+    try:
+        return place is not None and place.exists() and recorded(job, place) == expected(job, arguments, {})
+    except UserError:
+        return False
+
+
+NAMES = {
+    "rules": "the conversion rules", "source": "the source", "dtype": "dtype", "mtp": "mtp", "verify": "verify", "left": "left",
+    "right": "right", "job": "the job",
+}  # fmt: skip
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Why an output has to be made again, in words; empty when it has not."""
+    if not before:
+        return "it does not say what it was made from"
+    changed = []
+    for name in dict.fromkeys([*now, *before]):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            short = isinstance(old, str) and len(old) == 64 and isinstance(new, str)
+            changed.append(
+                f"{NAMES.get(name, name)} changed"
+                if short
+                else f"{NAMES.get(name, name)} was {_word(old)}, now {_word(new)}"
+            )
+    return "; ".join(changed)
+
+
+def _word(value: object) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,270 @@
+"""A chain on a Slurm cluster: every step is queued at once, each after the one before it; then this process may go.
+
+Nothing is remembered here: what was queued is in the record before and after each ``sbatch``, so a submission that was cut short
+is continued by `submit` on the same record, and a job whose id was lost is found in the queue by its name.
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers import slurm, slurm_commands
+from launchers.base import make_record
+from launchers.profiles import Profile
+from launchers.slurm import Request
+from launchers.slurm_commands import Partition, SlurmError, SlurmSilent
+from mimo_jobs import pipeline, placement, provenance
+from mimo_jobs.console import size
+from mimo_jobs.errors import UserError
+from mimo_jobs.pipeline import USE_GPUS, Plan, Planned
+from mimo_jobs.placement import Placement
+from mimo_jobs.records import RunRecord
+
+# Memory of GPUs by the name that vendors sell them under, GB (nvidia.com data sheets).
+GPU_MEMORY = {"A100-40GB": 40, "A100": 80, "A100-80GB": 80, "H100": 80, "H100-NVL": 94, "H200": 141, "H20": 96, "B200": 180, "B300": 288,
+              "GH200": 96, "L4": 24, "L40S": 48, "A40": 48, "A10": 24, "V100": 32, "RTX6000ADA": 48, "RTXPRO6000": 96}  # fmt: skip
+HOST_BYTES_OF_A_RANK = (
+    300 << 20
+)  # interpreter, plan and buffers: RssAnon measured 25-57 MB (benchmarks/results/conversion.json), the rest is room
+
+
+@dataclass
+class Submission:
+    """A plan with what Slurm is asked for, by step name. ``known``: the cluster's partitions, empty where Slurm is not at hand."""
+
+    plan: Plan
+    profile: Profile
+    requests: dict[str, Request]
+    known: Mapping[str, Partition]
+
+    @property
+    def code(self) -> bool:
+        """Whether this command's code is shipped with the jobs."""
+        return self.profile.code == "snapshot"
+
+
+def prepare(plan: Plan, profile: Profile, *, need_slurm: bool) -> Submission:
+    """Place every step on nodes and check what the cluster and the profile say. Adds to the plan's warnings and notes.
+
+    Args:
+        need_slurm: false for a dry run, which also works where Slurm is not installed.
+
+    Raises:
+        UserError: the cluster cannot run it; names the field.
+    """
+    known: Mapping[str, Partition] = {}
+    try:
+        known = slurm.known_partitions()
+    except SlurmError as error:
+        if need_slurm:
+            raise
+        plan.notes.append(f"Slurm was not asked: {error}")
+    requests = {}
+    for planned in plan.to_run:
+        step = planned.step
+        layout, uses_gpus = step.layout, step.job in USE_GPUS
+        placed = (
+            placement.place(layout, profile.gpus_per_node)
+            if layout
+            else placement.place_ranks(1, profile.gpus_per_node)
+        )
+        partition = slurm.choose(known, slurm.partition_of(profile, uses_gpus)) if known else None
+        asked = slurm.request(f"mimo:{step.name}", placed, profile, uses_gpus=uses_gpus, partition=partition)
+        requests[step.name] = asked
+        _check_nodes(planned, asked, profile, partition)
+        for note in _placement_notes(planned, placed, asked, profile):
+            plan.notes.append(f"{step.name}: {note}" if len(plan.steps) > 1 else note)
+    _check_memory(plan, profile)
+    if profile.code == "installed" and (dirty := provenance.code_state().get("dirty")):
+        plan.warnings.append(
+            f"{len(dirty)} files of this code are not committed (e.g. {dirty[0]}) and would not be shipped: executor.code=installed"
+        )
+    return Submission(plan, profile, requests, known)
+
+
+def _check_nodes(planned: Planned, asked: Request, profile: Profile, partition: Partition | None) -> None:
+    if partition is None:
+        return
+    name = planned.step.name
+    if not partition.available:
+        raise UserError(f"executor.partition={partition.name}: is down; sinfo shows the others")
+    if asked.nodes > partition.nodes:
+        raise UserError(
+            f"{name}: layout of {planned.step.world_size} ranks needs {asked.nodes} nodes of {profile.gpus_per_node} GPUs, partition {partition.name} has "
+            f"{partition.nodes}; use a smaller layout or another executor.partition"
+        )
+    if asked.gpus > partition.gpus:
+        raise UserError(
+            f"{name}: asks {asked.gpus} GPUs of a node, nodes of {partition.name} have {partition.gpus}; set "
+            + (
+                f"executor.gpus_per_node={partition.gpus}"
+                if partition.gpus
+                else "executor.gpu_request=none, or another executor.partition"
+            )
+        )
+    if asked.cpus and asked.cpus * asked.tasks_per_node > partition.cpus:
+        raise UserError(
+            f"{name}: executor.cpus_per_task={asked.cpus} times {asked.tasks_per_node} ranks of a node is more than its {partition.cpus} CPUs; "
+            f"set executor.cpus_per_task={max(1, partition.cpus // asked.tasks_per_node)}"
+        )
+    needed = asked.tasks_per_node * HOST_BYTES_OF_A_RANK
+    given = memory_bytes(profile.mem) if profile.mem else partition.memory_mb << 20
+    if given and needed > given:
+        where = f"executor.mem={profile.mem}" if profile.mem else f"a node of {partition.name}"
+        raise UserError(
+            f"{name}: {asked.tasks_per_node} ranks of a node need {size(needed)} of host memory, {where} has {size(given)}"
+        )
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of Slurm's ``64G``; a plain number counts megabytes, 0 is the whole node (sbatch(1), --mem)."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    return int(text.rstrip("KMGT")) << units.get(text[-1], 20)
+
+
+def _placement_notes(planned: Planned, placed: Placement, asked: Request, profile: Profile) -> list[str]:
+    notes = list(placed.notes)
+    idle = asked.allocated_gpus - planned.step.world_size if asked.gpus else 0
+    layout = planned.step.layout
+    if idle > 0 and layout is not None:
+        notes.append(
+            placement.advice(layout, profile.gpus_per_node)
+            or f"{idle} of {asked.allocated_gpus} allocated GPUs stay idle"
+        )
+    return notes
+
+
+def _check_memory(plan: Plan, profile: Profile) -> None:
+    """What the components' weights would take on the GPU that the profile names. Conversion itself uses no GPU memory."""
+    if profile.gpu is None and profile.gpu_memory is None:
+        return
+    limit = profile.gpu_memory or GPU_MEMORY.get((profile.gpu or "").upper())
+    if limit is None:
+        raise UserError(
+            f"executor.gpu={profile.gpu}: its memory is not known; set executor.gpu_memory in GB (known: {', '.join(GPU_MEMORY)})"
+        )
+    named = profile.gpu or "GPU"
+    for planned in plan.to_run:
+        held = planned.preflight.held if planned.preflight is not None else {}
+        if not held:
+            continue
+        layout = planned.step.layout
+        assert layout is not None
+        total = sum(held.values()) if layout.colocated else max(held.values())
+        each = ", ".join(f"{name} {size(n)}" for name, n in held.items())
+        fits = (
+            "fits"
+            if total < limit * 1e9
+            else "does not fit: train it in a layout with more tensor or pipeline parallelism"
+        )
+        plan.notes.append(
+            f"{planned.step.name}: converts without GPU memory; the weights of a rank ({each}) on one {named} of {limit} GB: {fits}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- queueing
+
+
+def check_requests(submission: Submission, run: RunRecord, directory: Path, queued: Collection[str] = ()) -> None:
+    """Ask Slurm whether it would take every distinct request (sbatch --test-only), before anything is queued.
+
+    Raises:
+        UserError: it would not; names the profile's field.
+    """
+    seen = set()
+    for planned, recorded in zip(submission.plan.steps, run.steps, strict=True):
+        if planned.skip or planned.step.name in queued:
+            continue
+        asked = submission.requests[planned.step.name]
+        text = slurm.script(asked, submission.profile, directory, None)
+        shape = "\n".join(line for line in text.splitlines() if line.startswith("#SBATCH") and "--job-name" not in line)
+        if shape in seen:
+            continue
+        seen.add(shape)
+        path = directory / f".{recorded.name}.test.sh"
+        path.write_text(text)
+        try:
+            slurm_commands.would_run(str(path))
+        except SlurmSilent:
+            raise
+        except SlurmError as error:
+            raise slurm.explained(error, submission.profile, submission.known) from None
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Queue every step that is to run, in order; step name -> job id.
+
+    Args:
+        running: jobs of steps that are with Slurm already, which later steps wait for.
+
+    Raises:
+        UserError: a step could not be queued; those before it are, and the record says so.
+    """
+    profile = submission.profile
+    code = run.root / "code" if submission.code else None
+    queued: dict[str, int] = {}
+    after: int | None = None
+    for planned, recorded in zip(submission.plan.steps, run.steps, strict=True):
+        name = planned.step.name
+        if running and name in running:
+            after = running[name]
+            continue
+        make_record(recorded.directory)
+        if planned.skip:
+            if recorded.state().state not in ("done", "skipped"):
+                recorded.add("skipped", reason=planned.why)
+            continue
+        base = submission.requests[name]
+        title = f"mimo:{run.run_id}.{name}"
+        asked = Request(title, base.placement, base.gpus, base.cpus, base.partition, after)
+        script = slurm.write(pipeline.job_of(planned, recorded), name, run.run_id, asked, profile, code)
+        recorded.add("submitting", title=title, **({"reason": planned.why} if planned.why else {}))
+        try:
+            after = slurm_commands.submit(str(script))
+        except SlurmError as error:
+            recorded.add("failed", reason=f"not queued: {error}", exit_code=1)
+            left = f"; queued already: {', '.join(f'{n} (job {j})' for n, j in queued.items())}" if queued else ""
+            raise UserError(
+                f"{name} was not queued: {error}{left}\n  nemo-run resume {run.run_id} queues the rest"
+            ) from None
+        recorded.add("submitted", job_id=after, after=asked.after)
+        queued[name] = after
+    return queued
+
+
+def start(submission: Submission, run: RunRecord, recipe: Any) -> dict[str, int]:
+    """Write the record of a new run, and queue it. Returns step name -> job id.
+
+    Raises:
+        UserError: the record cannot be written, Slurm would refuse a step, or did.
+    """
+    make_record(run.root)
+    check_requests(submission, run, run.root)
+    write_about(submission, run, recipe)
+    return submit(submission, run)
+
+
+def write_about(submission: Submission, run: RunRecord, recipe: Any) -> None:
+    """What a record holds besides its steps' own files."""
+    from mimo_jobs import overrides
+
+    if submission.code:
+        provenance.ship(run.root)
+    provenance.write_code_diff(run.root)
+    if recipe is not None:
+        resolved = {p.step.name: overrides.flat(p.step.arguments) for p in submission.plan.steps}
+        provenance.write_configuration(run.root, recipe, resolved)
+    run.write()
+
+
+def about(profile: Profile | None, words: list[str]) -> dict[str, Any]:
+    """The part of RUN.json that does not depend on the steps."""
+    found: dict[str, Any] = {"command": words, "directory": os.getcwd(), **provenance.who()}
+    found |= {"versions": provenance.versions(), "code": provenance.code_state()}
+    if profile is not None:
+        found["profile"] = profile.plain()
+    return found
