@@ -12,6 +12,7 @@ Every outcome is a line in ``events.jsonl``, so that what happened is known wher
 """
 
 import contextlib
+import enum
 import json
 import os
 import re
@@ -24,9 +25,12 @@ from typing import Any
 
 from launchers import slurm_commands
 from launchers.base import Job, Outcome, log_tail, outcome
+from launchers.profiles import seconds
 from launchers.slurm import STEP
 from launchers.slurm_commands import SlurmError
 from mimo_jobs.conversion import identity
+from mimo_jobs.conversion.journal import finished_tasks
+from mimo_jobs.conversion.publish import remove_staging, staging_of
 from mimo_jobs.errors import UserError
 from mimo_jobs.records import StepRecord
 
@@ -34,12 +38,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 GOING_ON = 75  # EX_TEMPFAIL: this batch job ends, the step does not
 HOOK_SECONDS = 60
 POLL_SECONDS = 0.5
+SETTLE_SECONDS = 2.0  # after a rank died, the time that Slurm has to say that it is the cause
 REQUEUE_ATTEMPTS = 5
 MOST_IDLE_REQUEUES = 3  # time limits in a row that a step may reach without having come further
 RESULTS = ("result.json", "progress.json")
 KILLED = re.compile(
     r"srun: error: (?P<host>\S+): tasks? (?P<rank>[\d,-]+): (?P<how>Killed|Out Of Memory|Segmentation fault|Aborted)"
 )
+
+
+class Verdict(enum.Enum):
+    """Why Slurm ends a job; the value is what people read."""
+
+    CANCELLED = "cancelled"
+    PREEMPTED = "preempted"
+    LIMIT = "its time limit was near"
+    REQUEUED = "stopped and requeued by Slurm"
+    TOLD = "told to stop"
 
 
 class Step:
@@ -158,59 +173,56 @@ class Step:
 
     def _after_signal(self) -> int:
         """The ranks have stopped because this job was told to: back to the queue, unless somebody cancelled it."""
-        fields = self._slurm_fields()
-        state = fields.get("JobState", "")
-        if state == "CANCELLED":
-            return self._end("cancelled", 130, reason="cancelled")
-        if state in ("PENDING", "REQUEUED"):  # Slurm has requeued it already
-            return self._requeued(fields, ask=False)
-        return self._requeued(fields, ask=True)
+        verdict = self._verdict() or (Verdict.LIMIT if self.signals[0] == signal.SIGUSR1 else Verdict.TOLD)
+        return self._obey(verdict)
 
     def _stopped_by_slurm(self) -> int | None:
-        """Whether the ranks ended because Slurm ends the whole job (preemption and node failure signal steps, not this process)."""
-        deadline = time.monotonic() + 2.0
+        """Whether the ranks ended because Slurm ends the whole job: it signals the ranks first, and this process later or never."""
+        deadline = time.monotonic() + SETTLE_SECONDS
         while True:
-            fields = self._slurm_fields()
-            state = fields.get("JobState", "")
-            if self.signals:
-                return self._after_signal()
-            if state == "CANCELLED":
-                return self._end("cancelled", 130, reason="cancelled")
-            if fields.get("PreemptTime", "None") not in ("None", "") or state == "PREEMPTED":
-                return self._requeued(fields, ask=True)
-            if state in ("PENDING", "REQUEUED", "NODE_FAIL"):
-                return self._requeued(fields, ask=False)
+            verdict = self._verdict()
+            if verdict is not None or self.signals:
+                return self._obey(verdict or Verdict.TOLD)
             if time.monotonic() > deadline:
                 return None
             time.sleep(POLL_SECONDS)
 
-    def _requeued(self, fields: dict[str, str], ask: bool) -> int:
-        preempted = fields.get("PreemptTime", "None") not in ("None", "")
-        why = (
-            "preempted"
-            if preempted
-            else "its time limit was near"
-            if signal.SIGUSR1 in self.signals
-            else "stopped by Slurm"
-        )
-        if not preempted and self._limits_without_progress() >= MOST_IDLE_REQUEUES:
-            limit = f"time={self.plan['time']}" if self.plan["time"] else "the partition's time limit"
+    def _verdict(self) -> "Verdict | None":
+        """Why Slurm ends this job, None when it does not. A job that ends is COMPLETING, whatever the cause: the rest has to tell."""
+        fields = self._slurm_fields()
+        state = fields.get("JobState", "")
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        if state in ("PENDING", "REQUEUED") or int(fields.get("Restarts") or 0) > restarts:
+            return Verdict.REQUEUED
+        if fields.get("PreemptTime", "None") not in ("None", ""):
+            return Verdict.PREEMPTED
+        if state not in ("CANCELLED", "COMPLETING", "TIMEOUT"):
+            return None
+        limit, ran = fields.get("TimeLimit", ""), fields.get("RunTime", "")
+        timed_out = fields.get("Reason") == "TimeLimit" or state == "TIMEOUT"
+        if limit[:1].isdigit() and ran[:1].isdigit():
+            timed_out = timed_out or seconds(ran) >= seconds(limit)
+        return Verdict.LIMIT if timed_out else Verdict.CANCELLED
+
+    def _obey(self, verdict: "Verdict") -> int:
+        """End the batch job as Slurm's verdict on it has it."""
+        if verdict is Verdict.CANCELLED:
+            return self._end("cancelled", 130, reason=verdict.value)
+        if verdict in (Verdict.LIMIT, Verdict.TOLD) and self._limits_without_progress() >= MOST_IDLE_REQUEUES:
+            limit = f"time={self.plan['time']}" if self.plan["time"] else "its time limit"
             return self._end(
-                "failed",
-                1,
-                reason=f"it reached {limit} {MOST_IDLE_REQUEUES} times without coming further; set executor.time to more",
-            )
-        if not ask:
-            self.record.add("requeued", reason=why, job_id=self.job_id)
+                "failed", 1, reason=f"it reached {limit} {MOST_IDLE_REQUEUES} times without coming further; set executor.time to more"
+            )  # fmt: skip
+        self.record.add("requeued", reason=verdict.value, job_id=self.job_id, progress=self._progress())
+        if verdict is Verdict.REQUEUED:
             return GOING_ON
-        self.record.add("requeued", reason=why, job_id=self.job_id, progress=self._progress())
         for attempt in range(REQUEUE_ATTEMPTS):
             try:
                 slurm_commands.requeue(self.job_id)
                 break
             except SlurmError as error:
                 if attempt + 1 == REQUEUE_ATTEMPTS:
-                    return self._end("failed", 1, reason=f"{why}, and it could not be requeued: {error}")
+                    return self._end("failed", 1, reason=f"{verdict.value}, and it could not be requeued: {error}")
                 time.sleep(2.0 * (attempt + 1))
         time.sleep(30)  # Slurm ends this process; ending by itself first would make the job a failed one
         return GOING_ON
@@ -221,12 +233,10 @@ class Step:
         return {}
 
     def _progress(self) -> int:
-        """How far the step has come for good: bytes that a resumed conversion need not write again."""
-        found = self.job.record / "resume.json"
-        try:
-            return int(json.loads(found.read_text())["bytes"])
-        except (OSError, ValueError, KeyError, TypeError):
+        """How far the step has come for good: tasks that a conversion need not do again."""
+        if "target" not in self.job.arguments:
             return 0
+        return finished_tasks(staging_of(Path(self.job.arguments["target"]), self.job.run_id))
 
     def _limits_without_progress(self) -> int:
         """How many times in a row, this one included, the step was requeued without having come further."""
@@ -234,7 +244,7 @@ class Step:
         for event in reversed(self.record.events()):
             if event["event"] == "submitted":
                 break
-            if event["event"] == "requeued" and event.get("reason") != "preempted":
+            if event["event"] == "requeued" and event.get("reason") in (Verdict.LIMIT.value, Verdict.TOLD.value):
                 seen.append(int(event.get("progress") or 0))
         return next((i for i, p in enumerate(seen) if p != seen[0]), len(seen))
 
@@ -270,8 +280,6 @@ class Step:
     def _clear_staging(self) -> None:
         """What the step was writing goes; a killed rank 0 could not remove it."""
         if "target" in self.job.arguments:
-            from mimo_jobs.conversion.publish import remove_staging
-
             remove_staging(Path(self.job.arguments["target"]), self.job.run_id)
 
     def _hook(self, event: str) -> None:

@@ -30,7 +30,6 @@ from mimo_jobs.errors import UsageError, UserError, did_you_mean
 from mimo_jobs.layout import ResolvedLayout
 
 SCHEMA = 1
-INTERRUPTED = "interrupted"
 PATIENCE_SECONDS = 1.0
 STALE_SECONDS = 3.0  # ranks of one attempt start closer together than this, a repetition by hand comes later
 KEYS = {"schema": int, "job": str, "run_id": str, "world_size": int, "record": str, "arguments": dict}
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _failed(record, world, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _failed(record, world, INTERRUPTED, 1)
+        return _failed(record, world, "interrupted", 1)
     except OSError as error:  # a full disk, a directory without permission
         text = error.strerror or str(error)
         return _failed(record, world, f"{error.filename}: {text}" if error.filename else text, 1)
@@ -248,7 +247,7 @@ def _failed(record: Path | None, world: Any, message: str, code: int) -> int:
         while time.monotonic() < deadline and not (record / "result.json").exists():
             time.sleep(0.05)
         rank = first[0]
-    transient = message == INTERRUPTED or (world is not None and world.lost)
+    transient = message == "interrupted" or (world is not None and world.lost)
     error = {"rank": rank, "message": message, "exit_code": code, "transient": transient}
     with contextlib.suppress(OSError):  # the message is in the log already
         write_result(record, {"status": "failed", "error": error})

@@ -18,7 +18,7 @@ from mimo_jobs.checkpoint.manifest import (
     versions,
     write_json,
 )
-from mimo_jobs.conversion import identity, publish
+from mimo_jobs.conversion import identity, journal, publish
 from mimo_jobs.conversion.digests import Blocks, file_blocks, file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.options import parse_options, written_config, written_shard
 from mimo_jobs.conversion.rows import RowReader
@@ -191,14 +191,17 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
         publish.check_target(args.target, args.overwrite, args.source)
         publish.check_space(args.target, sum(s.size for s in made.shards.values()))
     staging = publish.staging_of(args.target, world.run_id)
-    world.on_failure(partial(shutil.rmtree, staging, ignore_errors=True))
+    world.on_failure(journal.discard_unless_resumable(world, partial(shutil.rmtree, staging, ignore_errors=True)))
     if world.rank == 0:
-        publish.open_staging(args.target, world.run_id)
-        _prepare(made, staging)
+        plan = journal.plan_digest(identity.of_mimo(args.source), made.manifest.digests, args, versions()["mimo-jobs"])
+        if not publish.open_staging(args.target, world.run_id, plan):
+            _prepare(made, staging)
     world.barrier("staging")
     with transfer.Files() as files:
-        with world.phase("export", sum(made.bytes_per_rank)) as moved:
-            transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
+        left = journal.Journal(staging, world)
+        with world.phase("export", sum(made.bytes_per_rank)) as moved, left.kept(files):
+            tasks = left.remaining(_tasks(made, staging, files, world.rank, left.counted(moved)))
+            transfer.run_all(tasks, file_threads(args.layout.world_size))
         world.barrier("written")  # digests read what other ranks wrote
         digests = _digests(made, staging, files, world) if args.verify else {"written": {}, "before": {}}
         if args.fsync:

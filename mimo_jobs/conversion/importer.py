@@ -21,7 +21,7 @@ from mimo_jobs.checkpoint.manifest import (
     write_json,
     write_manifest,
 )
-from mimo_jobs.conversion import identity, publish
+from mimo_jobs.conversion import identity, journal, publish
 from mimo_jobs.conversion.digests import file_blocks, file_threads, merged, slowest, tensor_digests
 from mimo_jobs.conversion.options import parse_options, written_config, written_shard
 from mimo_jobs.errors import UserError
@@ -173,14 +173,17 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
         publish.check_space(args.target, sum(made.files.values()))
         revision = identity.of_hf(args.model, made.hf)  # before the first byte is read
     staging = publish.staging_of(args.target, world.run_id)
-    world.on_failure(partial(shutil.rmtree, staging, ignore_errors=True))
+    world.on_failure(journal.discard_unless_resumable(world, partial(shutil.rmtree, staging, ignore_errors=True)))
     if world.rank == 0:
-        publish.open_staging(args.target, world.run_id)
-        _write_companions(made, staging)
+        plan = journal.plan_digest(revision, args, versions()["mimo-jobs"])
+        if not publish.open_staging(args.target, world.run_id, plan):
+            _write_companions(made, staging)
     world.barrier("staging")
     with transfer.Files() as files:
-        with world.phase("import", sum(made.bytes_per_rank)) as moved:
-            transfer.run_all(_tasks(made, staging, files, world.rank, moved), file_threads(args.layout.world_size))
+        left = journal.Journal(staging, world)
+        with world.phase("import", sum(made.bytes_per_rank)) as moved, left.kept(files):
+            tasks = left.remaining(_tasks(made, staging, files, world.rank, left.counted(moved)))
+            transfer.run_all(tasks, file_threads(args.layout.world_size))
         digests = _source_digests(made, files, world)
         if args.fsync:
             with world.timed("sync"):

@@ -7,6 +7,7 @@ import shutil
 import socket
 from pathlib import Path
 
+from mimo_jobs.conversion import journal
 from mimo_jobs.errors import UsageError, UserError
 
 _OWNER = ".owner.json"
@@ -61,16 +62,21 @@ def staging_of(target: Path, run_id: str) -> Path:
     return target.parent / f".{target.name}.partial-{run_id}"
 
 
-def open_staging(target: Path, run_id: str) -> Path:
-    """Make this run's staging directory, after clearing those that dead runs on this host left for the same target."""
+def open_staging(target: Path, run_id: str, plan: str) -> bool:
+    """Make this run's staging directory, after clearing those that dead runs on this host left for the same target.
+
+    Returns whether it is there already, left by an earlier attempt at the same ``plan`` (`journal.plan_digest`) to go on with.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
-        if old.name == staging_of(target, run_id).name or _abandoned(old):
-            shutil.rmtree(old, ignore_errors=True)
     staging = staging_of(target, run_id)
-    staging.mkdir()
+    resumed = journal.belongs(staging, plan)
+    for old in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
+        if not resumed if old.name == staging.name else _abandoned(old):
+            shutil.rmtree(old, ignore_errors=True)
+    staging.mkdir(exist_ok=resumed)
+    journal.begin(staging, plan)
     (staging / _OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    return staging
+    return resumed
 
 
 def remove_staging(target: Path, run_id: str) -> None:
@@ -97,6 +103,7 @@ def publish(staging: Path, target: Path, overwrite: bool) -> None:
         UserError: the target appeared meanwhile.
     """
     (staging / _OWNER).unlink(missing_ok=True)
+    journal.clear(staging)
     _sync_directory(staging)
     if _rename(staging, target, _RENAME_NOREPLACE):
         pass

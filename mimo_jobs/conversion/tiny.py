@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimo_jobs.conversion.publish import check_target, open_staging, publish
+from mimo_jobs.conversion.publish import check_target, open_staging, publish, staging_of
 from mimo_jobs.errors import UserError
 
 SPECIAL_TOKENS = (
@@ -87,7 +87,8 @@ def make_tiny(
     shape, final = shape or Shape(), Path(target)
     _check(shape)
     check_target(final, overwrite)
-    staging = open_staging(final, "tiny")
+    staging = staging_of(final, "tiny")
+    open_staging(final, "tiny", plan="")
     try:
         config = _config(shape)
         config.save_pretrained(staging)

@@ -23,6 +23,8 @@ GRACE_SECONDS = 5  # a rank stuck in a system call is ended this long after anot
 INTERRUPT_SECONDS = 1.0
 RECENT_SECONDS = 10
 REPORT_SECONDS = 0.2
+FLUSH_SECONDS = 25  # a rank that was asked to stop flushes what it wrote; Slurm's KillWait is 30 s
+INTERRUPTED = "interrupted"
 ENDED, LATE = "ended unexpectedly", "did not start within"
 
 
@@ -199,7 +201,8 @@ class World:
             self.failure = (rank, message)
             self._arrived.notify_all()
             if rank != self.rank:
-                self._watchdog = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+                seconds = FLUSH_SECONDS if message == INTERRUPTED else GRACE_SECONDS
+                self._watchdog = threading.Timer(seconds, os._exit, (1,))
                 self._watchdog.daemon = True
                 self._watchdog.start()
         if self.rank == 0:
@@ -210,7 +213,7 @@ class World:
     def lost(self) -> bool:
         """Whether the first failure is a rank that went silent or never came: it may not happen again."""
         return self.failure is not None and (
-            ENDED in self.failure[1] or LATE in self.failure[1] or self.failure[1] == "interrupted"
+            ENDED in self.failure[1] or LATE in self.failure[1] or self.failure[1] == INTERRUPTED
         )
 
     def check(self) -> None:
@@ -327,7 +330,7 @@ class World:
                 self._arrived.wait_for(lambda: self.failure is not None, INTERRUPT_SECONDS)
         heard = self.failure
         if error is not None and self.failure is None and self.size > 1:
-            message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else repr(error))
+            message = str(error) or (INTERRUPTED if isinstance(error, KeyboardInterrupt) else repr(error))
             if self.rank == 0:
                 self._fail(0, message)
             else:
@@ -362,7 +365,8 @@ class World:
 
     def _after_all_ranks(self) -> None:
         """Run the clean-ups when every other rank is gone, or had its time to go."""
-        deadline = time.monotonic() + GRACE_SECONDS + 1
+        interrupted = self.failure is not None and self.failure[1] == INTERRUPTED
+        deadline = time.monotonic() + (FLUSH_SECONDS if interrupted else GRACE_SECONDS) + 1
         for reader in self._readers:
             reader.join(max(0.0, deadline - time.monotonic()))
         for clean_up in self._clean_ups:
