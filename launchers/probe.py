@@ -32,7 +32,12 @@ RANK = "rank.json"
 PACKAGES = ("mimo-jobs", "torch", "megatron-core", "transformers")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_CPUS_ON_NODE")
 BATCH_MODULES = ("launchers.slurm_step",)
-RANK_MODULES = ("mimo_jobs.worker", "mimo_jobs.conversion.importer")
+RANK_MODULES = (
+    "mimo_jobs.worker",
+    "mimo_jobs.conversion.importer",
+    "blake3",
+    "ml_dtypes",
+)  # the last two are imported late
 SMI_SECONDS = 10.0
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 VIRTUAL = ("lo", "docker", "veth", "br-", "virbr", "cni", "flannel", "cali", "ifb", "tun", "tap", "dummy")
@@ -123,7 +128,9 @@ def _cgroup_limits() -> list[str]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root, name = ("/sys/fs/cgroup", "memory.max") if not controllers else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        root, name = (
+            ("/sys/fs/cgroup", "memory.max") if not controllers else ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        )
         for group in (Path(path), *Path(path).parents):
             found.append(_text(f"{root}{group}/{name}"))
     return found
@@ -187,7 +194,12 @@ def _look_as_rank(out: Path) -> None:
 def _start(directory: Path) -> None:
     """Look at the batch host, then become the ``srun`` that looks where a rank would be."""
     plan = json.loads((directory / PLAN).read_text())
-    found = {"schema": SCHEMA, "host": os.uname().nodename, "python": sys.executable, "imports": imported(BATCH_MODULES)}
+    found = {
+        "schema": SCHEMA,
+        "host": os.uname().nodename,
+        "python": sys.executable,
+        "imports": imported(BATCH_MODULES),
+    }
     found["commands"] = {name: shutil.which(name) for name in plan["commands"]}
     _write(directory / BATCH, found)
     os.execvpe(plan["srun"][0], plan["srun"], {**os.environ, **plan["environment"]})

@@ -106,9 +106,11 @@ def script(
     ``module`` is what the script becomes; it is given the record.
     """
     python = interpreter(profile)
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(asked, profile, record)), "set -euo pipefail"]
-    if profile.modules:
-        lines.append("module load " + " ".join(shlex.quote(m) for m in profile.modules))
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(asked, profile, record))]
+    if profile.modules:  # before the strict mode, which neither Lmod nor /etc/profile is written for
+        lines.append("command -v module >/dev/null || . /etc/profile")
+        lines += [f"module load {shlex.quote(m)} || exit 1" for m in profile.modules]
+    lines.append("set -eo pipefail")
     lines += profile.setup
     lines.append(f'export PATH={shlex.quote(str(Path(python).parent))}:"$PATH" PYTHONSAFEPATH=1')
     lines.append(f"export PYTHONPATH={shlex.quote(str(code))}" if code else "unset PYTHONPATH")
@@ -240,8 +242,8 @@ def explained(error: UserError, profile: Profile, known: Mapping[str, Partition]
     """What Slurm says of a request, with the field to change."""
     said = str(error)
     for words, name, hint in (
-        ("partition", "partition", did_you_mean(profile.partition or "", known) or f"; there are {', '.join(known)}"),
         ("account", "account", "; sacctmgr show assoc user=$USER lists yours"),
+        ("partition", "partition", did_you_mean(profile.partition or "", known) or f"; there are {', '.join(known)}"),
         ("qos", "qos", "; sacctmgr show assoc user=$USER format=account,qos lists yours"),
         ("time limit", "time", ""),
         (

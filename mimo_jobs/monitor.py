@@ -176,7 +176,7 @@ def _apply(step: Seen, job: QueuedJob | None, before: Sequence[Seen]) -> None:
         never_ran = state.state == "queued" and not state.attempts
         _settle(step, "cancelled", (_parents(before) if never_ran else "") or "cancelled")
     else:
-        code = f" (exit code {job.exit_code})" if job.state == "FAILED" and job.exit_code else ""
+        code = f" (exit code {job.exit_code})" if job.state == "FAILED" and job.exit_code not in ("", "0:0") else ""
         _settle(
             step,
             "failed",

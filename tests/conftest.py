@@ -8,7 +8,8 @@ import pytest
 def pytest_ignore_collect(collection_path, config):
     """``-m "not gloo"`` need not even import what those tests import (megatron-core: 10 s)."""
     wanted = config.option.markexpr or ""
-    return True if collection_path.name == "gloo" and "not gloo" in wanted else None
+    name = collection_path.name
+    return True if name in ("gloo", "slurm") and f"not {name}" in wanted else None
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,0 +1,38 @@
+"""Tests against a real Slurm cluster of their own (cluster.py): one for the session, as new before every test."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    if reason := missing():
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm")).start()
+    before = os.environ.get("SLURM_CONF")
+    os.environ |= cluster.environment()
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+        if before is None:
+            del os.environ["SLURM_CONF"]
+        else:
+            os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture(autouse=True)
+def repaired(cluster):
+    yield
+    cluster.repair()
