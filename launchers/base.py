@@ -22,10 +22,12 @@ from mimo_jobs.errors import UsageError, UserError, did_you_mean
 from mimo_jobs.records import read_json
 
 SCHEMA = 1
+LOGS = "logs"  # of a record: one file a rank (mimo_jobs.worker.log_name)
 LAUNCHERS = {"local": "launchers.local", "slurm": "launchers.slurm"}
 
 # torchx quotes the arguments of torchrun for a shell and then runs it without one, and expands ${...} in them.
 SAFE_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+SLURM_PATH = re.compile(r"[^'\"\\\x00-\x1f]+")  # what can stand between the quotes of an #SBATCH line
 
 # torch.distributed.elastic.multiprocessing.errors.ChildFailedError.format_msg
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+)", re.DOTALL)
@@ -42,6 +44,7 @@ class Job:
     world_size: int
     record: Path
     run_id: str
+    record_names: re.Pattern[str] = SAFE_PATH
 
     @property
     def file(self) -> Path:
@@ -61,20 +64,24 @@ class Job:
             "record": str(self.record),
             "arguments": self.arguments,
         }
-        make_record(self.record)
+        make_record(self.record, self.record_names)
         self.file.write_text(json.dumps(text, indent=2) + "\n")
 
 
-def make_record(record: Path) -> None:
+def make_record(record: Path, names: re.Pattern[str] = SAFE_PATH) -> None:
     """Create a directory for records.
 
     Raises:
         UserError: its path has characters that a launcher cannot carry, or it cannot be created.
     """
-    if not SAFE_PATH.fullmatch(str(record)):
+    if not names.fullmatch(str(record)):
+        who, only = (
+            ("NeMo-Run", "letters, digits and _ @ % + = : , . / - only")
+            if names is SAFE_PATH
+            else ("Slurm", "no quote or backslash")
+        )
         raise UserError(
-            f"the run directory {str(record)!r} has characters that NeMo-Run cannot pass on; "
-            "set MIMO_JOBS_HOME to a directory named with letters, digits and _ @ % + = : , . / - only"
+            f"the run directory {str(record)!r} has characters that {who} cannot pass on; set MIMO_JOBS_HOME to a directory named with {only}"
         )
     try:
         record.mkdir(parents=True, exist_ok=True)
@@ -158,7 +165,7 @@ def logs(record: Path, rank: int | None = None) -> list[Path]:
 
     ``rank``: only that rank's, where the logs say whose they are.
     """
-    own = sorted(record.glob("logs/*.log"))
+    own = sorted(record.glob(f"{LOGS}/*.log"))
     if rank is not None and (named := [p for p in own if f" rank {rank} of " in _head(p)]):
         return named
     roots = sorted(record.glob("**/torchelastic")) or [record]

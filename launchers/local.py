@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job, RankGroup, Watch
+from launchers.base import LOGS, Job, RankGroup, Watch
 from mimo_jobs.records import read_json
 
 POLL_SECONDS = 0.1
@@ -45,7 +45,8 @@ def launch(job: Job, watch: Watch) -> None:
 
         CONSOLE.file = log
         # torchrun and python are looked up on PATH; the user's directory must not shadow our modules.
-        environment = {"PATH": str(BIN), "PYTHONSAFEPATH": "1"}
+        (job.record / LOGS).mkdir(exist_ok=True)
+        environment = {"PATH": str(BIN), "PYTHONSAFEPATH": "1", "MIMO_JOBS_LOGS": str(job.record / LOGS)}
         if job.world_size == 1:
             environment |= {"RANK": "0", "WORLD_SIZE": "1"}  # else inside an salloc the rank would be Slurm's
         executor = run.LocalExecutor(

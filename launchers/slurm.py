@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import slurm_commands
-from launchers.base import Job, RankGroup
+from launchers.base import LOGS, Job, RankGroup
 from launchers.profiles import Profile
 from launchers.slurm_commands import Partition
 from mimo_jobs.errors import UserError, did_you_mean
@@ -27,7 +27,6 @@ SCHEMA = 1
 SCRIPT = "sbatch.sh"
 STEP = "STEP.json"
 LOG = "slurm.log"
-LOGS = "logs"
 CPUS_WITHOUT_GPUS = 8  # threads of a verify: more are no faster than the disk
 
 

@@ -32,7 +32,7 @@ from mimo_jobs.conversion import identity
 from mimo_jobs.conversion.journal import finished_tasks
 from mimo_jobs.conversion.publish import remove_staging, staging_of
 from mimo_jobs.errors import UserError
-from mimo_jobs.records import StepRecord
+from mimo_jobs.records import RUN, StepRecord, load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 GOING_ON = 75  # EX_TEMPFAIL: this batch job ends, the step does not
@@ -268,13 +268,18 @@ class Step:
     def _end(self, event: str, code: int, reason: str | None = None) -> int:
         if event != "done":
             self._clear_staging()
-        fields: dict[str, Any] = {"exit_code": code, "job_id": self.job_id}
+        now = self.record.state()
+        fields: dict[str, Any] = {
+            "exit_code": code, "job_id": self.job_id, "seconds": round(now.elapsed, 1),
+            "gpu_hours": round((now.gpu_seconds + (now.elapsed - now.seconds) * now.gpus) / 3600, 4),
+        }  # fmt: skip
         if reason:
             fields["reason"] = reason
         self.record.add(event, **fields)
+        self._hook(self.record)
         if event != "done":
             print(f"{self.plan['step']}: {event}: {reason}", file=sys.stderr, flush=True)
-        self._hook(event)
+            self._end_children(event)
         return code
 
     def _clear_staging(self) -> None:
@@ -282,15 +287,32 @@ class Step:
         if "target" in self.job.arguments:
             remove_staging(Path(self.job.arguments["target"]), self.job.run_id)
 
-    def _hook(self, event: str) -> None:
-        """Give the step's JSON to the ``on_finish`` command. Its failure is noted and changes nothing."""
+    def _end_children(self, event: str) -> None:
+        """Write down that the steps behind this one will not start: Slurm cancels them without a word in their records."""
+        directory = self.job.record
+        try:
+            run = load(directory if (directory / RUN).exists() else directory.parent)
+        except UserError:
+            return
+        names = [s.name for s in run.steps]
+        for child in run.steps[names.index(self.plan["step"]) + 1 :]:
+            if child.state().state == "queued":
+                child.add(
+                    "cancelled",
+                    exit_code=1,
+                    reason=f"did not start: {self.plan['step']} {'failed' if event == 'failed' else 'was cancelled'}",
+                )
+                self._hook(child)
+
+    def _hook(self, step: StepRecord) -> None:
+        """Give a step's JSON to the ``on_finish`` command. Its failure is noted and changes nothing."""
         if not self.plan["on_finish"]:
             return
-        state = self.record.state()
+        state = step.state()
         said = {
-            "run": self.plan["run"], "step": self.plan["step"], "state": event, "reason": state.reason, "job_id": self.job_id,
+            "run": self.plan["run"], "step": step.name, "state": state.state, "reason": state.reason, "job_id": state.job_id,
             "exit_code": state.exit_code, "seconds": round(state.seconds, 1), "gpu_hours": round(state.gpu_seconds / 3600, 4),
-            "attempts": state.attempts, "nodes": state.nodes, "record": str(self.job.record), "summary": self.record.summary(),
+            "attempts": state.attempts, "nodes": state.nodes, "record": str(step.directory), "summary": step.summary(),
         }  # fmt: skip
         try:
             done = subprocess.run(
@@ -303,7 +325,7 @@ class Step:
             problem = f"exit code {done.returncode}" if done.returncode else None
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
-        self.record.add("hook", command=self.plan["on_finish"], **({"problem": problem} if problem else {}))
+        step.add("hook", command=self.plan["on_finish"], **({"problem": problem} if problem else {}))
 
 
 def _for_srun(more: dict[str, str]) -> dict[str, str]:

@@ -244,7 +244,10 @@ def _queued(plan: "Plan", run: "RunRecord", jobs: Mapping[str, int], options: Op
             print(f"{name:<9} {told}" + (f": {planned.why}" if planned.why else ""))
         print(f"run       {run.run_id}\nrecord    {run.root}")
         if jobs:
-            print(_next(f"{PROGRAM} status {run.run_id}"))
+            from launchers import profiles
+
+            there = f" --executor {run.executor}" if profiles.sent is not None else ""
+            print(_next(f"{PROGRAM} status {run.run_id}{there}"))
     if options.wait:
         from mimo_jobs import commands
 
@@ -316,6 +319,10 @@ def _command(name: str, argv: list[str]) -> int:
         return _doctor(line.options.get("--executor", "local"), fields, as_json)
     if name == "hash":
         return _hash(rest[0], line.options.get("--executor", "local"), fields, as_json)
+    if (executor := line.options.get("--executor")) is not None:
+        target = _target(executor, base.check(executor), {})
+        if target is not None and target.ssh:
+            return _over_there(target, [name, *argv])
     from mimo_jobs import commands
 
     match name:

@@ -38,24 +38,25 @@ class Command:
     more: str = ""
 
 
+THERE = {"--executor": "NAME: a profile with ssh: of the runs on that login node"}
 JSON = {"--json": "print JSON"}
 HELP = {"--help": "show this"}
 COMMANDS = {
     "status": Command(
         "[ID]", "steps of a run, or of all that are under way: state, job, nodes, elapsed, progress, reason",
-        {"--all": "every run", "--wait": "until the run has ended; exit 1 unless it is done", **JSON, **HELP}, "status latest", RUN,
+        {"--all": "every run", "--wait": "until the run has ended; exit 1 unless it is done", **THERE, **JSON, **HELP}, "status latest", RUN,
     ),
-    "list": Command("", "every run, a line each", {**JSON, **HELP}, "list"),
+    "list": Command("", "every run, a line each", {**THERE, **JSON, **HELP}, "list"),
     "logs": Command(
         "ID[.STEP][:COMPONENT]", "the logs of a run, of a step, or of a component's ranks",
-        {"--follow": "print what is added until the steps have ended (-f)", **HELP}, "logs -f latest.import:language", RUN,
+        {"--follow": "print what is added until the steps have ended (-f)", **THERE, **HELP}, "logs -f latest.import:language", RUN,
     ),
-    "cancel": Command("ID", "end every step of a run that is queued or running", HELP, "cancel latest", RUN),
+    "cancel": Command("ID", "end every step of a run that is queued or running", {**THERE, **HELP}, "cancel latest", RUN),
     "resume": Command(
         "ID [executor.FIELD=VALUE ...]", "go on with a run at its failed step; what is done stays",
-        {"--force": "submit in spite of warnings", **JSON, **HELP}, "resume latest executor.time=02:00:00", RUN,
+        {"--force": "submit in spite of warnings", **THERE, **JSON, **HELP}, "resume latest executor.time=02:00:00", RUN,
     ),
-    "diff": Command("ID ID", "what differs between two runs: fields, profile, versions, code", {**JSON, **HELP}, "diff latest RUN", RUN),
+    "diff": Command("ID ID", "what differs between two runs: fields, profile, versions, code", {**THERE, **JSON, **HELP}, "diff latest RUN", RUN),
     "doctor": Command(
         "[executor.FIELD=VALUE ...]", "check this machine, or a cluster with a small real job",
         {"--executor": "NAME: local, slurm or slurm:NAME", **JSON, **HELP}, "doctor --executor slurm",

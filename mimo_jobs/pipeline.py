@@ -5,13 +5,14 @@
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job
+from launchers.base import SAFE_PATH, Job
 from mimo_jobs import jobs, overrides, paths, records
 from mimo_jobs.console import size
 from mimo_jobs.errors import UserError
@@ -258,10 +259,10 @@ def step_of(recorded: StepRecord) -> Step:
     return Step(recorded.name, recorded.job, arguments)
 
 
-def job_of(planned: Planned, recorded: StepRecord) -> Job:
-    """The launcher's view of a step."""
+def job_of(planned: Planned, recorded: StepRecord, names: re.Pattern[str] = SAFE_PATH) -> Job:
+    """The launcher's view of a step; ``names`` is what its record's path may hold."""
     step = planned.step
-    return Job(step.job, step.plain(), step.world_size, recorded.directory, recorded.run_id)
+    return Job(step.job, step.plain(), step.world_size, recorded.directory, recorded.run_id, names)
 
 
 def is_local(executor: str) -> bool:

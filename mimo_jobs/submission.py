@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import slurm, slurm_commands
-from launchers.base import make_record
+from launchers.base import SLURM_PATH, make_record
 from launchers.profiles import Profile
 from launchers.slurm import Request
 from launchers.slurm_commands import Partition, SlurmError, SlurmSilent
@@ -213,7 +213,7 @@ def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | 
         if running and name in running:
             after = running[name]
             continue
-        make_record(recorded.directory)
+        make_record(recorded.directory, SLURM_PATH)
         if planned.skip:
             if recorded.state().state not in ("done", "skipped"):
                 recorded.add("skipped", reason=planned.why)
@@ -221,7 +221,7 @@ def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | 
         base = submission.requests[name]
         title = f"mimo:{run.run_id}.{name}"
         asked = Request(title, base.placement, base.gpus, base.cpus, base.partition, after)
-        script = slurm.write(pipeline.job_of(planned, recorded), name, run.run_id, asked, profile, code)
+        script = slurm.write(pipeline.job_of(planned, recorded, SLURM_PATH), name, run.run_id, asked, profile, code)
         recorded.add("submitting", title=title, **({"reason": planned.why} if planned.why else {}))
         try:
             after = slurm_commands.submit(str(script))
@@ -242,7 +242,7 @@ def start(submission: Submission, run: RunRecord, recipe: Any) -> dict[str, int]
     Raises:
         UserError: the record cannot be written, Slurm would refuse a step, or did.
     """
-    make_record(run.root)
+    make_record(run.root, SLURM_PATH)
     check_requests(submission, run, run.root)
     write_about(submission, run, recipe)
     return submit(submission, run)

@@ -75,7 +75,10 @@ USAGE_ERRORS = [
     ([*SLURM, "on_finish='x"], ["on_finish", "not run by a shell"]),
     (["recipes.qwen35vl_pipeline", "model=x"], ["needs workdir=..."]),
     (["recipes.qwen35vl_pipeline", "model=x", "workdir=y", "exprt.dtype=bf16"], ["did you mean 'export.dtype'"]),
-    (["recipes.qwen35vl_pipeline", "model=x", "workdir=y", "export.layout.language.rank_offset=1"], ["export: ", "rank_offset=0"]),
+    (
+        ["recipes.qwen35vl_pipeline", "model=x", "workdir=y", "export.layout.language.rank_offset=1"],
+        ["export: ", "rank_offset=0"],
+    ),
     (["status", "a", "b"], ["status takes 0 or 1 arguments", "usage:"]),
     (["cancel"], ["cancel takes 1 argument", "usage:"]),
     (["stats"], ["did you mean 'status'"]),
