@@ -40,9 +40,10 @@ Memory = Annotated[str, "memory such as 64G", r"\d+[KMGT]?"]
 Signal = Annotated[
     str, "signal and seconds before the limit, such as USR1@120", r"(B:)?(USR1|USR2|TERM|INT)(@\d{1,5})?"
 ]
-Path_ = Annotated[str, "absolute path", r"[/~][^\0\n]*"]
+Path_ = Annotated[str, "absolute path", r"(/|~/)[^\0\n]*"]
 Text = Annotated[str, "text", ANY]
 Line = Annotated[str, "one line", r"[^\0\n\r]+"]
+Mount = Annotated[str, "mount SOURCE:TARGET[:FLAGS] without a comma, which pyxis would split", r"[^\0,]+"]
 Option = Annotated[str, "option such as --comment=x", OPTION]
 
 
@@ -103,7 +104,7 @@ class Profile:
     exclusive: bool = False
     retries: int = 1
     container_image: Text | None = None
-    container_mounts: tuple[Text, ...] = ()
+    container_mounts: tuple[Mount, ...] = ()
     container_python: Text = "python3"
     environment: Mapping[str, str] = field(default_factory=dict)
     venv: Path_ | None = None
@@ -175,6 +176,12 @@ def load(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
         known += clusters
         found = found or cluster in clusters
         common = {k: v for k, v in table.items() if k not in clusters}
+        for (
+            name_of,
+            part,
+        ) in clusters.items():  # also those that are not asked for: a misspelled field looks like a cluster
+            for key, value in part.items():
+                _checked(f"{path}: [{KIND}.{name_of}] {key}", key, value)
         for where, part in ((f"{path}: [{KIND}]", common), (f"{path}: [{KIND}.{cluster}]", clusters.get(cluster, {}))):
             _merge(values, {k: _checked(f"{where} {k}", k, v) for k, v in part.items()})
     if cluster and not found:

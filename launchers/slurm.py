@@ -94,7 +94,7 @@ def interpreter(profile: Profile) -> str:
     """The Python that runs on the batch host, and the ranks without a container."""
     if profile.venv is None:
         return sys.executable
-    return str(Path(profile.venv).expanduser() / "bin" / "python")
+    return os.path.join(os.path.expanduser(profile.venv), "bin", "python")
 
 
 def script(
@@ -188,8 +188,10 @@ def _own_mounts(job: Job) -> list[str]:
     for name, value in job.arguments.items():
         if isinstance(value, str) and os.path.isabs(value):
             place = Path(value)
-            if "snapshots" in place.parts:  # a hub download: links into its blobs
-                place = Path(*place.parts[: place.parts.index("snapshots")])
+            if place.parent.name == "snapshots" and place.parent.parent.name.startswith(
+                "models--"
+            ):  # a hub download: links into its blobs
+                place = place.parent.parent
             places.append(place.parent if name in ("target", "certificate") else place)
     found = list(dict.fromkeys(map(str, places)))
     for place in found:
@@ -222,6 +224,10 @@ def write(job: Job, step: str, run_id: str, asked: Request, profile: Profile, co
     """JOB.json, STEP.json and ``sbatch.sh`` of a step in its record; the script."""
     job.write()
     (job.record / LOGS).mkdir(exist_ok=True)
+    if profile.container_image:  # what is mounted must be there
+        for name in ("target", "certificate"):
+            if job.arguments.get(name):
+                Path(job.arguments[name]).parent.mkdir(parents=True, exist_ok=True)
     placement = asked.placement
     text = {
         "schema": SCHEMA, "run": run_id, "step": step, "job": job.name, "srun": rank_command(job, asked, profile),
@@ -241,9 +247,9 @@ def explained(error: UserError, profile: Profile, known: Mapping[str, Partition]
     """What Slurm says of a request, with the field to change."""
     said = str(error)
     for words, name, hint in (
+        ("qos", "qos", "; sacctmgr show assoc user=$USER format=account,qos lists yours"),
         ("account", "account", "; sacctmgr show assoc user=$USER lists yours"),
         ("partition", "partition", did_you_mean(profile.partition or "", known) or f"; there are {', '.join(known)}"),
-        ("qos", "qos", "; sacctmgr show assoc user=$USER format=account,qos lists yours"),
         ("time limit", "time", ""),
         (
             "node configuration",

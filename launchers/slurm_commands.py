@@ -6,6 +6,7 @@ States come from squeue, which knows jobs until MinJobAge after their end, and f
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from mimo_jobs.errors import UserError
 
 SECONDS = 20.0
 # A user's defaults for Slurm's commands would change what these ask and how their answers read.
-OURS = re.compile(r"(SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL)_(?!CONF$)")
+OURS = re.compile(r"(SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL)_(?!CONF)")
 LAUNCHED = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_(ADDR|PORT)|(TORCHELASTIC|PMI|PMIX|OMPI)_.*"
 )
@@ -33,7 +34,7 @@ class SlurmSilent(SlurmError):
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """What Slurm says of a job. ``reason`` is why it waits; ``nodes`` its node list."""
+    """What Slurm says of a job. ``reason`` is why it waits; ``nodes`` its node list; ``ended`` epoch seconds, 0 if not known."""
 
     job_id: int
     state: str
@@ -41,6 +42,7 @@ class QueuedJob:
     reason: str = ""
     nodes: str = ""
     exit_code: str = ""
+    ended: float = 0.0
 
     @property
     def active(self) -> bool:
@@ -69,7 +71,7 @@ def call(command: Sequence[str], seconds: float = SECONDS) -> str:
             list(command), capture_output=True, text=True, errors="replace", timeout=seconds, env=environment(),
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise SlurmSilent(
             f"{command[0]}: not found; is this a login node of the cluster? (Slurm's commands must be on PATH)"
         ) from None
@@ -89,21 +91,30 @@ def _own_words(said: str) -> str:
     return re.sub(r"\b(sbatch|srun|squeue|sacct|scontrol|scancel|sinfo): (error: |fatal: )?", "", said)
 
 
-def queue(seconds: float = 5.0) -> dict[int, QueuedJob]:
-    """This user's jobs that the controller knows, ended ones included.
+def queue(users: Iterable[str] = (), seconds: float = 5.0) -> dict[int, QueuedJob]:
+    """The jobs of users (names or numbers; without any, of this one) that the controller knows, ended ones included.
 
     Raises:
         SlurmSilent, SlurmError: see `call`.
     """
-    text = call(["squeue", "--me", "--noheader", "--states=all", "--format=%A\t%T\t%j\t%r\t%N"], seconds)
+    whose = f"--user={','.join(users)}" if users else "--me"
+    text = call(["squeue", whose, "--noheader", "--states=all", "--format=%A\t%T\t%j\t%r\t%N\t%e"], seconds)
     return {j.job_id: j for line in text.splitlines() if (j := _queued(line.split("\t"))) is not None}
 
 
 def _queued(words: list[str]) -> QueuedJob | None:
-    if len(words) < 5 or not words[0].strip().isdigit():
+    if len(words) < 6 or not words[0].strip().isdigit():
         return None
-    job_id, state, name, reason, nodes = (w.strip() for w in words[:5])
-    return QueuedJob(int(job_id), state, name, "" if reason == "None" else reason, nodes)
+    job_id, state, name, reason, nodes, end = (w.strip() for w in words[:6])
+    return QueuedJob(int(job_id), state, name, "" if reason == "None" else reason, nodes, ended=_epoch(end))
+
+
+def _epoch(text: str) -> float:
+    """Epoch seconds of Slurm's local time; 0 for one that is not known."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def accounting(job_ids: Iterable[int], seconds: float = 3.0) -> dict[int, QueuedJob]:
@@ -111,7 +122,7 @@ def accounting(job_ids: Iterable[int], seconds: float = 3.0) -> dict[int, Queued
     ids = ",".join(map(str, job_ids))
     if not ids:
         return {}
-    fields = "JobIDRaw,State,JobName,Reason,NodeList,ExitCode"
+    fields = "JobIDRaw,State,JobName,Reason,NodeList,ExitCode,End"
     try:
         text = call(
             ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={ids}", f"--format={fields}"], seconds
@@ -121,10 +132,12 @@ def accounting(job_ids: Iterable[int], seconds: float = 3.0) -> dict[int, Queued
     found = {}
     for line in text.splitlines():
         words = line.split("|")
-        if len(words) == 6 and words[0].isdigit():
+        if len(words) == 7 and words[0].isdigit():
             state = words[1].split(" ")[0]  # "CANCELLED by 1000"
             reason = "" if words[3] in ("None", "") else words[3]
-            found[int(words[0])] = QueuedJob(int(words[0]), state, words[2], reason, words[4], words[5])
+            found[int(words[0])] = QueuedJob(
+                int(words[0]), state, words[2], reason, words[4], words[5], _epoch(words[6])
+            )
     return found
 
 
@@ -135,7 +148,10 @@ def submit(script: str, seconds: float = 60.0) -> int:
         SlurmSilent, SlurmError: it was not queued.
     """
     answer = call(["sbatch", "--parsable", script], seconds)
-    return int(answer.strip().partition(";")[0])
+    ids = re.findall(r"^\s*(\d+)(?:;\S+)?\s*$", answer, re.MULTILINE)
+    if not ids:  # sites wrap sbatch, and their wrappers talk
+        raise SlurmSilent(f"sbatch: {' '.join(answer.split())[:200] or 'no answer'}: names no job")
+    return int(ids[-1])
 
 
 def would_run(script: str, seconds: float = 20.0) -> None:

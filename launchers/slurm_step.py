@@ -266,8 +266,7 @@ class Step:
     _last_words: str = ""
 
     def _end(self, event: str, code: int, reason: str | None = None) -> int:
-        if event != "done":
-            self._clear_staging()
+        self._clear_staging()
         now = self.record.state()
         fields: dict[str, Any] = {
             "exit_code": code, "job_id": self.job_id, "seconds": round(now.elapsed, 1),

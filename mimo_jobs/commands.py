@@ -25,7 +25,11 @@ def status(name: str | None, as_json: bool, everything: bool = False, wait: bool
     home = paths.home()
     if name is not None:
         run = records.find(name, home)
-        seen = monitor.wait(run) if wait else monitor.look([run])[0]
+        if wait:
+            with console.watching(console.make(stderr=True)) as show:
+                seen = monitor.wait(run, show)
+        else:
+            seen = monitor.look([run])[0]
         if as_json:
             print(json.dumps(seen.data(), indent=2, default=str))
         else:
@@ -88,11 +92,11 @@ def list_runs(as_json: bool) -> int:
 
 def logs(target: str, follow: bool) -> int:
     """Print the logs of ``ID``, ``ID.step`` or ``ID.step:component``; with ``follow`` until the step has ended."""
-    head, _, component = target.partition(":")
-    if os.sep in head:
-        name, step = head, ""
+    if os.sep in target and Path(target).is_dir():
+        name, step, component = target, "", ""
     else:
-        name, _, step = head.partition(".")
+        head, _, component = target.partition(":")
+        name, _, step = (head, "", "") if os.sep in head else head.partition(".")
     run = records.find(name, paths.home())
     steps = [run.step(step)] if step else [s for s in run.steps if s.state().state != "waiting"]
     shown = LogView(sys.stdout, several=True)
@@ -106,7 +110,7 @@ def logs(target: str, follow: bool) -> int:
             files = [p for p in base.logs(one.directory) if not component or _is_of(p, component)]
             found += len(files)
             for path in files:
-                shown.show(path, f"{one.name}/{_label(path, one.directory)}")
+                shown.show(path, f"{one.name}/{_label(path, one.directory)}", last=not active)
         if not active:
             break
         time.sleep(POLL_SECONDS)
@@ -141,11 +145,12 @@ class LogView:
         self.out, self.several = out, several
         self.at: dict[Path, int] = {}
 
-    def show(self, path: Path, label: str) -> None:
+    def show(self, path: Path, label: str, last: bool) -> None:
+        """Print what is new; ``last``: nothing is coming, so a line without an end is one too."""
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             file.seek(self.at.get(path, 0))
             text = file.read()
-            whole = text[: text.rfind(b"\n") + 1] if self.at.get(path) is not None or b"\n" in text else text
+            whole = text if last else text[: text.rfind(b"\n") + 1]  # the line being written waits for its end
             self.at[path] = self.at.get(path, 0) + len(whole)
             for line in whole.decode(errors="replace").splitlines():
                 print(f"{label} | {line}", file=self.out)

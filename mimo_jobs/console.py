@@ -3,11 +3,12 @@
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -232,6 +233,24 @@ def status_table(runs: Sequence["SeenRun"]) -> Table:
         table.title = f"{runs[0].run.run_id}: {runs[0].state}"
         table.title_style, table.title_justify = "bold", "left"
     return table
+
+
+@contextmanager
+def watching(console: Console) -> "Iterator[Callable[[SeenRun], None]]":
+    """Show a run while it is waited for: a live table on a terminal, elsewhere a line when a step's state changes."""
+    if console.is_terminal:
+        with Live(console=console, transient=True, refresh_per_second=4) as live:
+            yield lambda seen: live.update(status_table([seen]))
+        return
+    told: dict[str, str] = {}
+
+    def show(seen: "SeenRun") -> None:
+        for one in seen.steps:
+            if told.get(one.step.name) != one.state.state:
+                told[one.step.name] = one.state.state
+                console.print(f"  {one.step.name}: {one.state.state}")
+
+    yield show
 
 
 def run_table(runs: Sequence["SeenRun"]) -> Table:

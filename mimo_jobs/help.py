@@ -103,15 +103,26 @@ def command(name: str) -> str:
     known = COMMANDS[name]
     usage = " ".join(w for w in (PROGRAM, name, known.arguments, "[options]") if w)
     more = f"\n\n{known.more}." if known.more else ""
+    fields = (
+        f"\n\nfields of a profile, also as executor.FIELD=VALUE on every command line (docs/slurm.md):\n{_rows(_profile())}"
+        if name == "doctor"
+        else ""
+    )
     return f"""usage: {usage}
 
 {known.text[0].upper()}{known.text[1:]}.{more}
 
 options:
-{_rows(known.options)}
+{_rows(known.options)}{fields}
 
 example:
   {PROGRAM} {known.example}"""
+
+
+def _profile() -> dict[str, str]:
+    from launchers.profiles import Profile
+
+    return overrides.docs(Profile)
 
 
 def verify() -> str:

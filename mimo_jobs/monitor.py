@@ -7,17 +7,19 @@ record, so that it stays known when Slurm has forgotten it.
 
 import contextlib
 import dataclasses
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from launchers import slurm_commands
 from launchers.slurm_commands import QueuedJob, SlurmError
 from mimo_jobs import pipeline
-from mimo_jobs.records import ACTIVE, SUCCEEDED, RunRecord, StepRecord, StepState
+from mimo_jobs.records import SUCCEEDED, RunRecord, StepRecord, StepState
 
-SETTLE_SECONDS = 10.0  # a file written on a compute node may be seen here this much later (NFS attribute cache: 3-30 s)
+SETTLE_SECONDS = 35.0  # a file written on a compute node may be seen here this much later (NFS attribute cache: 3-30 s; nfs(5), acregmax)
+FORGOTTEN_SECONDS = 10.0  # a job that neither squeue nor sacct has is given up this long after its last word
 SUBMIT_SECONDS = 120.0  # an sbatch that takes longer is not coming back
 
 REASONS = {
@@ -53,6 +55,7 @@ class SeenRun:
     run: RunRecord
     steps: list[Seen]
     notes: list[str] = field(default_factory=list)
+    alive: bool = False  # the command that runs its steps on this machine
 
     @property
     def state(self) -> str:
@@ -67,7 +70,9 @@ class SeenRun:
 
     @property
     def active(self) -> bool:
-        return any(s.state.state in ("queued", "running") for s in self.steps)
+        return any(
+            s.state.state in ("queued", "running") or (s.state.state == "waiting" and self.alive) for s in self.steps
+        )
 
     def data(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -87,7 +92,8 @@ def look(runs: Sequence[RunRecord]) -> list[SeenRun]:
         for s in r.steps
         if s.state.state in ("queued", "running")
     ]
-    cluster = _ask(open_steps) if open_steps else Cluster({}, {}, None)
+    users = {str(r.run.about["uid"]) for r in seen if "uid" in r.run.about}
+    cluster = _ask(open_steps, users) if open_steps else Cluster({}, {}, None)
     for one in seen:
         if pipeline.is_local(one.run.executor):
             _reconcile_local(one)
@@ -104,20 +110,26 @@ class Cluster:
     """What Slurm said: jobs by id and by name, and why it said nothing."""
 
     jobs: Mapping[int, QueuedJob]
-    by_title: Mapping[str, QueuedJob]
+    by_title: Mapping[str, Sequence[QueuedJob]]
     silent: str | None
 
     def job(self, state: StepState) -> QueuedJob | None:
-        return self.jobs.get(state.job_id) if state.job_id is not None else self.by_title.get(state.title)
+        if state.job_id is not None:
+            return self.jobs.get(state.job_id)
+        found = [j for j in self.by_title.get(state.title, ()) if j.job_id not in state.known_jobs]
+        return max(found, key=lambda j: (j.active, j.job_id), default=None)
 
 
-def _ask(steps: Sequence[Seen]) -> Cluster:
+def _ask(steps: Sequence[Seen], users: Collection[str]) -> Cluster:
     try:
-        queue = slurm_commands.queue()
+        queue = slurm_commands.queue(users)
     except SlurmError as error:
         return Cluster({}, {}, str(error))
     missing = [s.state.job_id for s in steps if s.state.job_id is not None and s.state.job_id not in queue]
-    return Cluster(queue | slurm_commands.accounting(missing), {j.name: j for j in queue.values()}, None)
+    by_title: dict[str, list[QueuedJob]] = {}
+    for job in queue.values():
+        by_title.setdefault(job.name, []).append(job)
+    return Cluster(queue | slurm_commands.accounting(missing), by_title, None)
 
 
 def _reconcile(seen: SeenRun, cluster: Cluster) -> None:
@@ -152,7 +164,7 @@ def _apply(step: Seen, job: QueuedJob | None, before: Sequence[Seen]) -> None:
             if time.time() - state.last > SUBMIT_SECONDS:
                 _settle(step, "cancelled", "its submission was cut short; nemo-run resume queues it")
             return
-        if time.time() - state.last < SETTLE_SECONDS:
+        if time.time() - state.last < FORGOTTEN_SECONDS:
             return
         if state.state == "running":
             _settle(
@@ -170,10 +182,10 @@ def _apply(step: Seen, job: QueuedJob | None, before: Sequence[Seen]) -> None:
         return
     if job.state == "COMPLETED":
         # Its own word is on its way through the filesystem.
-        if time.time() - state.last > SETTLE_SECONDS and state.attempts:
+        if time.time() - max(state.last, job.ended) > SETTLE_SECONDS:
             _settle(step, "failed", f"job {job.job_id} completed in Slurm's eyes, but left no word in its record")
     elif job.state == "CANCELLED":
-        never_ran = state.state == "queued" and not state.attempts
+        never_ran = state.state == "queued" and not state.ran
         _settle(step, "cancelled", (_parents(before) if never_ran else "") or "cancelled")
     else:
         code = f" (exit code {job.exit_code})" if job.state == "FAILED" and job.exit_code not in ("", "0:0") else ""
@@ -221,8 +233,12 @@ def _why_waiting(seen: SeenRun, number: int) -> str:
 def _reconcile_local(seen: SeenRun) -> None:
     about = seen.run.about
     host, pid = str(about.get("host")), int(about.get("pid") or 0)
+    here = host == os.uname().nodename
+    seen.alive = pipeline.process_alive(host, pid)
+    if not here and any(s.state.state == "running" for s in seen.steps):
+        seen.notes.append(f"{seen.run.run_id} runs on {host}; whether it still does is known there")
     for number, step in enumerate(seen.steps):
-        if step.state.state == "running" and not pipeline.process_alive(host, pid):
+        if step.state.state == "running" and here and not seen.alive:
             step.state = step.step.state()
             if step.state.state == "running":
                 _settle(step, "failed", f"the command that ran it (process {pid} on {host}) is gone")
@@ -230,12 +246,11 @@ def _reconcile_local(seen: SeenRun) -> None:
             step.state.reason = _parents(seen.steps[:number])
 
 
-def wait(run: RunRecord, seconds: float = 2.0) -> SeenRun:
-    """Until no step of a run is queued or running any more."""
+def wait(run: RunRecord, show: Callable[[SeenRun], None], seconds: float = 2.0) -> SeenRun:
+    """Until no step of a run is queued or running any more; ``show`` is given every look."""
     while True:
         seen = look([run])[0]
-        if not seen.active or seen.notes:
-            states = [s.state.state for s in seen.steps]
-            if not any(s in ACTIVE for s in states) or not seen.active:
-                return seen
+        show(seen)
+        if not seen.active:
+            return seen
         time.sleep(seconds)

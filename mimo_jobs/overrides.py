@@ -94,7 +94,7 @@ def _is_setting(field: Field) -> bool:
 
 def leaves(owner: Any, prefix: str = "") -> dict[str, Field]:
     """Leaf fields of a function's signature or of a dataclass, by dotted path; ``world`` is the rank's, not a field."""
-    docs = _docs(owner)
+    described = docs(owner)
     found = {}
     for name, parameter in inspect.signature(owner).parameters.items():
         hint, path = parameter.annotation, f"{prefix}{name}"
@@ -105,11 +105,11 @@ def leaves(owner: Any, prefix: str = "") -> dict[str, Field]:
             found |= leaves(hint, f"{path}.")
         else:
             default = REQUIRED if parameter.default is parameter.empty else parameter.default
-            found[path] = Field(path, hint, default, docs.get(name, ""))
+            found[path] = Field(path, hint, default, described.get(name, ""))
     return found
 
 
-def _docs(owner: Any) -> dict[str, str]:
+def docs(owner: Any) -> dict[str, str]:
     """The ``name: text`` lines of a docstring's Args or Attributes."""
     _, _, rest = (inspect.getdoc(owner) or "").replace("Attributes:", "Args:").partition("Args:\n")
     block = rest.partition("\n\n")[0]

@@ -126,6 +126,9 @@ def _decided(steps: list[Step], active: Collection[str], done: Collection[str]) 
     for step in steps:
         place = identity.place_of(step.job, step.arguments)
         inputs = {v for n, v in step.arguments.items() if n in ("left", "right", "model") and v in pending}
+        source = step.arguments.get("source")
+        if source in pending and source not in earlier:  # made by a step whose output says nothing about itself
+            inputs.add(source)
         if place is None and step.name in done and not inputs and step.name not in active:
             planned.append(Planned(step, skip=True, why="done already, says the record"))
             continue

@@ -81,4 +81,4 @@ def write_configuration(root: Path, recipe: Any, resolved: Mapping[str, Any]) ->
 
 def who() -> dict[str, Any]:
     """The process that writes a record."""
-    return {"host": os.uname().nodename, "pid": os.getpid(), "user": os.environ.get("USER") or str(os.getuid())}
+    return {"host": os.uname().nodename, "pid": os.getpid(), "user": os.environ.get("USER") or "", "uid": os.getuid()}

@@ -29,6 +29,7 @@ RUN = "RUN.json"
 EVENTS = "events.jsonl"
 
 # States of a step. The first three are active; ``waiting`` steps are not with Slurm yet, or wait for the step before.
+ENDED = ("done", "skipped", "failed", "cancelled")
 ACTIVE = ("waiting", "queued", "running")
 SUCCEEDED = ("done", "skipped")
 STATES = (*ACTIVE, *SUCCEEDED, "failed", "cancelled")
@@ -47,6 +48,7 @@ class StepState:
         attempts: times that ranks were started; ``seconds``: wall time of all attempts; ``gpu_seconds``: allocated.
         started, ended: epoch seconds of the present attempt.
         reason: why it is not simply going on.
+        ran: whether its present submission has started ranks; known_jobs: Slurm jobs of all submissions.
     """
 
     state: str = "waiting"
@@ -63,6 +65,8 @@ class StepState:
     exit_code: int = 0
     last: float = 0.0
     title: str = ""
+    ran: bool = False
+    known_jobs: frozenset[int] = frozenset()
 
     @property
     def elapsed(self) -> float:
@@ -118,9 +122,13 @@ class StepRecord:
 
 def add_line(path: Path, line: str) -> None:
     """Append a line durably enough to survive this process."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # a writer that died, or a disk that was full
+        data = (b"\n" if torn else b"") + line.encode()
+        while data:
+            data = data[os.write(descriptor, data) :]
     finally:
         os.close(descriptor)
 
@@ -131,21 +139,29 @@ def folded(events: Iterable[Mapping[str, Any]]) -> StepState:
     for event in events:
         kind, at = event["event"], float(event.get("time") or 0.0)
         state.last = at
-        if kind not in _AFTER:
-            continue
+        if kind not in _AFTER or (event.get("seen_by") and state.state in ENDED):
+            continue  # what others concluded does not count against the step's own word
         if state.started is not None and state.state == "running" and kind != "retry":
             state.seconds += max(0.0, at - state.started)
             state.gpu_seconds += max(0.0, at - state.started) * state.gpus
         state.state = _AFTER[kind]
         state.reason = str(event.get("reason") or "")
         if kind == "submitting":  # the id is known only once sbatch has answered
-            state.title, state.job_id, state.ended = str(event.get("title") or ""), None, None
+            state.title, state.job_id, state.ended, state.ran, state.exit_code = (
+                str(event.get("title") or ""),
+                None,
+                None,
+                False,
+                0,
+            )
         if event.get("job_id") is not None:
             state.job_id = int(event["job_id"])
+            state.known_jobs |= {state.job_id}
         if kind == "started":
             state.started, state.ended, state.nodes = at, None, str(event.get("nodes") or "")
             state.gpus = int(event.get("gpus") or 0)
             state.attempts += 1
+            state.ran, state.exit_code = True, 0
         elif kind == "retry":
             state.attempts += 1
         elif kind == "requeued":
@@ -236,7 +252,7 @@ def find(name: str, home: Path) -> RunRecord:
     Raises:
         UserError: none, or several.
     """
-    if os.sep in name or (not (home / "runs" / name).is_dir() and (Path(name) / RUN).is_file()):
+    if os.sep in name or name in (".", "..") or (not (home / "runs" / name).is_dir() and (Path(name) / RUN).is_file()):
         return load(Path(name).absolute())
     runs = home / "runs"
     if name == "latest":

@@ -225,6 +225,11 @@ def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | 
         recorded.add("submitting", title=title, **({"reason": planned.why} if planned.why else {}))
         try:
             after = slurm_commands.submit(str(script))
+        except SlurmSilent as error:  # it may be queued: then it is found by its title
+            raise UserError(
+                f"{name}: whether it was queued is not known: {error}\n"
+                f"  nemo-run status {run.run_id} tells when Slurm answers, nemo-run resume {run.run_id} queues the rest"
+            ) from None
         except SlurmError as error:
             recorded.add("failed", reason=f"not queued: {error}", exit_code=1)
             left = f"; queued already: {', '.join(f'{n} (job {j})' for n, j in queued.items())}" if queued else ""

@@ -189,31 +189,33 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
     made = plan_export(args)
     if world.rank == 0:
         publish.check_target(args.target, args.overwrite, args.source)
-        publish.check_space(args.target, sum(s.size for s in made.shards.values()))
+        needed = sum(s.size for s in made.shards.values())
+        publish.check_space(args.target, needed, publish.staging_of(args.target, world.run_id))
     staging = publish.staging_of(args.target, world.run_id)
     world.on_failure(journal.discard_unless_resumable(world, partial(shutil.rmtree, staging, ignore_errors=True)))
     if world.rank == 0:
         plan = journal.plan_digest(identity.of_mimo(args.source), made.manifest.digests, args, versions()["mimo-jobs"])
         if not publish.open_staging(args.target, world.run_id, plan):
             _prepare(made, staging)
+            journal.begin(staging, plan)
     world.barrier("staging")
     with transfer.Files() as files:
         left = journal.Journal(staging, world)
-        with world.phase("export", sum(made.bytes_per_rank)) as moved, left.kept(files):
-            tasks = left.remaining(_tasks(made, staging, files, world.rank, left.counted(moved)))
-            transfer.run_all(tasks, file_threads(args.layout.world_size))
-        world.barrier("written")  # digests read what other ranks wrote
-        digests = _digests(made, staging, files, world) if args.verify else {"written": {}, "before": {}}
-        if args.fsync:
-            with world.timed("sync"):
-                files.sync()
-    results = world.gather("exported", {**digests, "seconds": world.seconds})
-    summary = None
-    if results is not None:
-        summary = _finish(made, staging, merged(results, "written"), merged(results, "before"), world) | {
-            "seconds": slowest(results)
-        }
-    return world.broadcast("published", summary)
+        with left.kept(files):
+            with world.phase("export", sum(made.bytes_per_rank)) as moved:
+                tasks = left.remaining(_tasks(made, staging, files, world.rank, left.counted(moved)))
+                transfer.run_all(tasks, file_threads(args.layout.world_size))
+            world.barrier("written")  # digests read what other ranks wrote
+            digests = _digests(made, staging, files, world) if args.verify else {"written": {}, "before": {}}
+            if args.fsync:
+                with world.timed("sync"):
+                    files.sync()
+            results = world.gather("exported", {**digests, "seconds": world.seconds})
+            summary = None
+            if results is not None:
+                summary = _finish(made, staging, merged(results, "written"), merged(results, "before"), world)
+                summary["seconds"] = slowest(results)
+            return world.broadcast("published", summary)
 
 
 def _prepare(made: ExportPlan, staging: Path) -> None:

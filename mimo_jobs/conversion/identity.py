@@ -5,6 +5,7 @@ a digest over file names, sizes, modification times and small files; for an outp
 the identities of a whole chain are known before any of it ran. The layout is not part of it: every layout makes the same bytes.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +88,10 @@ def recorded(job: str, place: Path) -> Identity | None:
     if job == "import_hf":
         return read_manifest(place).identity or {}
     if job == "verify":
-        return read_object(place).get("identity") or {}
+        found = read_object(place)
+        if found.get("kind") != "verify":
+            raise UserError(f"{place}: is no certificate of mimo_jobs")
+        return found.get("identity") or {}
     open_hf(place)
     if not (place / PARITY_NAME).is_file():
         raise UserError(f"{place}: has no {PARITY_NAME}: not an export of mimo_jobs")
@@ -101,8 +105,11 @@ def rules_of(directory: Path) -> int:
 
 def is_ours(job: str, place: Path) -> bool:
     """Whether what lies there, damaged perhaps, was written by such a job: replacing it loses nothing that cannot be made again."""
-    marker = {"import_hf": place / MANIFEST_NAME, "export_hf": place / PARITY_NAME, "verify": place}[job]
-    return marker.is_file()
+    if job == "verify":
+        with contextlib.suppress(OSError):
+            return b'"kind": "verify"' in place.read_bytes()[:200]
+        return False
+    return (place / {"import_hf": MANIFEST_NAME, "export_hf": PARITY_NAME}[job]).is_file()
 
 
 def expected(job: str, arguments: Mapping[str, Any], earlier: Mapping[str, Identity]) -> Identity | None:

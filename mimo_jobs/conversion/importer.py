@@ -170,7 +170,7 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
     revision = ""
     if world.rank == 0:
         publish.check_target(args.target, args.overwrite, args.model)
-        publish.check_space(args.target, sum(made.files.values()))
+        publish.check_space(args.target, sum(made.files.values()), publish.staging_of(args.target, world.run_id))
         revision = identity.of_hf(args.model, made.hf)  # before the first byte is read
     staging = publish.staging_of(args.target, world.run_id)
     world.on_failure(journal.discard_unless_resumable(world, partial(shutil.rmtree, staging, ignore_errors=True)))
@@ -178,23 +178,25 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
         plan = journal.plan_digest(revision, args, versions()["mimo-jobs"])
         if not publish.open_staging(args.target, world.run_id, plan):
             _write_companions(made, staging)
+            journal.begin(staging, plan)
     world.barrier("staging")
     with transfer.Files() as files:
         left = journal.Journal(staging, world)
-        with world.phase("import", sum(made.bytes_per_rank)) as moved, left.kept(files):
-            tasks = left.remaining(_tasks(made, staging, files, world.rank, left.counted(moved)))
-            transfer.run_all(tasks, file_threads(args.layout.world_size))
-        digests = _source_digests(made, files, world)
-        if args.fsync:
-            with world.timed("sync"):
-                files.sync()
-    results = world.gather("imported", {"digests": digests, "seconds": world.seconds})
-    summary = None
-    if results is not None:
-        made_of = identity.of_import(revision, made.family.rules_version, args.dtype, args.mtp)
-        _finish(made, staging, merged(results, "digests"), made_of, world)
-        summary = _summary(made) | {"seconds": slowest(results)}
-    return world.broadcast("published", summary)
+        with left.kept(files):
+            with world.phase("import", sum(made.bytes_per_rank)) as moved:
+                tasks = left.remaining(_tasks(made, staging, files, world.rank, left.counted(moved)))
+                transfer.run_all(tasks, file_threads(args.layout.world_size))
+            digests = _source_digests(made, files, world)
+            if args.fsync:
+                with world.timed("sync"):
+                    files.sync()
+            results = world.gather("imported", {"digests": digests, "seconds": world.seconds})
+            summary = None
+            if results is not None:
+                made_of = identity.of_import(revision, made.family.rules_version, args.dtype, args.mtp)
+                _finish(made, staging, merged(results, "digests"), made_of, world)
+                summary = _summary(made) | {"seconds": slowest(results)}
+            return world.broadcast("published", summary)
 
 
 def _tasks(

@@ -53,7 +53,7 @@ def finished_tasks(staging: Path) -> int:
 
 def clear(staging: Path) -> None:
     """Remove plan and journals from a complete directory."""
-    for path in (*staging.glob(f"{PREFIX}*"), staging / PLAN):
+    for path in (*staging.glob(f"{PREFIX}*"), *staging.glob(f".{PREFIX}*"), staging / PLAN):
         path.unlink(missing_ok=True)
 
 

@@ -48,10 +48,16 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None) -> N
         raise UserError(f"{target}: cannot be made: no permission to write to {parent}")
 
 
-def check_space(target: Path, needed: int) -> int:
-    """Free bytes where ``target`` goes. Raises `UserError` when ``needed`` do not fit."""
+def check_space(target: Path, needed: int, staging: Path | None = None) -> int:
+    """Free bytes where ``target`` goes, with those that an earlier attempt left in ``staging`` counted as free.
+
+    Raises:
+        UserError: ``needed`` do not fit.
+    """
     parent = next(p for p in target.parents if p.exists())
     free = shutil.disk_usage(parent).free
+    if staging is not None and staging.is_dir():
+        free += sum(p.stat().st_blocks * 512 for p in staging.iterdir())
     if needed > free:
         raise UserError(f"{target}: needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free")
     return free
@@ -65,7 +71,8 @@ def staging_of(target: Path, run_id: str) -> Path:
 def open_staging(target: Path, run_id: str, plan: str) -> bool:
     """Make this run's staging directory, after clearing those that dead runs on this host left for the same target.
 
-    Returns whether it is there already, left by an earlier attempt at the same ``plan`` (`journal.plan_digest`) to go on with.
+    Returns whether it is there already, left by an earlier attempt at the same ``plan`` (`journal.plan_digest`) to go on with;
+    else the caller says `journal.begin` once what every attempt needs is there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = staging_of(target, run_id)
@@ -74,7 +81,6 @@ def open_staging(target: Path, run_id: str, plan: str) -> bool:
         if not resumed if old.name == staging.name else _abandoned(old):
             shutil.rmtree(old, ignore_errors=True)
     staging.mkdir(exist_ok=resumed)
-    journal.begin(staging, plan)
     (staging / _OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     return resumed
 

@@ -329,9 +329,11 @@ class World:
             with self._arrived:
                 self._arrived.wait_for(lambda: self.failure is not None, INTERRUPT_SECONDS)
         heard = self.failure
-        if error is not None and self.failure is None and self.size > 1:
+        if error is not None and self.failure is None:
             message = str(error) or (INTERRUPTED if isinstance(error, KeyboardInterrupt) else repr(error))
-            if self.rank == 0:
+            if self.size == 1:
+                self.failure = (self.rank, message)
+            elif self.rank == 0:
                 self._fail(0, message)
             else:
                 self.failure = (self.rank, message)

@@ -1,0 +1,15 @@
+#!/bin/bash
+#SBATCH --job-name=mimo:RUN.import
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=8
+#SBATCH --signal=B:USR1@60
+#SBATCH --requeue
+#SBATCH --chdir=/shared/runs/RUN/1-import
+#SBATCH --output=/shared/runs/RUN/1-import/slurm.log
+#SBATCH --open-mode=append
+set -eo pipefail
+export PATH=/shared/venv/bin:"$PATH" PYTHONSAFEPATH=1
+export PYTHONPATH=/shared/runs/RUN/code
+exec /shared/venv/bin/python -m launchers.slurm_step /shared/runs/RUN/1-import
