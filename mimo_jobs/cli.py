@@ -372,6 +372,8 @@ def _doctor(executor: str, fields: Mapping[str, str], as_json: bool) -> int:
 def _hash(place: str, executor: str, fields: Mapping[str, str], as_json: bool) -> int:
     kind = base.check(executor)
     target = _target(executor, kind, fields)
+    if target is not None and target.ssh:
+        return _over_there(target, ["hash", place, "--executor", executor, *["--json"] * as_json])
     from mimo_jobs import console, paths
 
     directory = paths.absolute(place)
@@ -392,7 +394,7 @@ def _hash(place: str, executor: str, fields: Mapping[str, str], as_json: bool) -
         return 0
     for tensor, about in found["tensors"].items():
         print(f"{about['digest']}  {tensor}")
-    print(f"{found['digest']}  all {len(found['tensors']):,} tensors")
+    print(f"{found['total']['digest']}  all {found['total']['tensors']:,} tensors")
     return 0
 
 
@@ -409,6 +411,9 @@ def _verify(argv: list[str]) -> int:
     rest = [w for w in line.rest if kind == "local" or not w.startswith("executor.")]
     if len(rest) != 2:
         raise UsageError(f"verify needs two directories, got {len(rest)}\n  usage: {VERIFY_USAGE}")
+    target = _target(executor, kind, fields)
+    if target is not None and target.ssh:
+        return _over_there(target, ["verify", *argv])
     for place in rest:
         if not os.path.isdir(place):
             raise UserError(f"{place}: no such directory\n  usage: {VERIFY_USAGE}")
@@ -417,7 +422,6 @@ def _verify(argv: list[str]) -> int:
     from mimo_jobs.conversion.verify import verify_hf
 
     left, right = (paths.absolute(p) for p in rest)
-    target = _target(executor, kind, fields)
     with console.Steps(console.make(stderr=True), 1).step("verify") as shown:
 
         def progress(done: int, total: int) -> None:

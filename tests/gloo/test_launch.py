@@ -15,7 +15,7 @@ import pytest
 
 from launchers import base, local
 from launchers.base import Job, outcome
-from mimo_jobs import paths
+from mimo_jobs import paths, records
 
 pytestmark = [pytest.mark.gloo, pytest.mark.timeout(300)]
 
@@ -234,7 +234,7 @@ def test_quickstart_ends_with_the_parity_line(home, tmp_path):
     assert done.stdout.splitlines()[-1] == "parity: 103/103 tensors bit-exact"
     assert "✓ 5/5 logits" in done.stderr
     (run,) = (home / "runs").iterdir()
-    assert [s["state"] for s in json.loads((run / "RUN.json").read_text())["steps"]] == ["done"] * 5
+    assert [s.state().state for s in records.load(run).steps] == ["done"] * 5
     again = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert again.returncode == 1
     assert "exists" in again.stderr

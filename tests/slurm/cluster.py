@@ -238,7 +238,9 @@ class Cluster:
             return [job["id"] for job in self.jobs() if job["state"] not in ENDED]
 
         if ids := left():
-            self.run("scancel", *ids)
+            self.run(
+                "scancel", *{i.partition("_")[0] for i in ids}
+            )  # a pending array is 12_[0-1%2], which scancel refuses
         if ids and wait:
             self.wait("the jobs' end", lambda: not left(), 60)
 
