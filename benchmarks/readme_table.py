@@ -1,4 +1,4 @@
-"""The README's table of speed, from benchmarks/results: ``python -m benchmarks.readme_table`` writes it into README.md."""
+"""The tables of speed, from benchmarks/results: ``python -m benchmarks.readme_table`` writes them into README.md and docs/slurm.md."""
 
 import json
 from pathlib import Path
@@ -39,10 +39,30 @@ def table() -> str:
     return "\n".join([*lines, "", *more])
 
 
+def submission_table() -> str:
+    """The markdown of docs/slurm.md: what the submit side takes."""
+    found = json.loads((ROOT / "benchmarks/results/submission.json").read_text())["seconds"]
+    lines = ["| command | seconds: median [min, max] |", "|---|---|"]
+    return "\n".join(
+        lines + [f"| {name} | {t['median']:.2f} [{t['min']:.2f}, {t['max']:.2f}] |" for name, t in found.items()]
+    )
+
+
+TABLES = {
+    "README.md": (START, END, table),
+    "docs/slurm.md": (
+        "<!-- submission: python -m benchmarks.submission -->",
+        "<!-- end of submission -->",
+        submission_table,
+    ),
+}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(START)
-    readme.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+    for name, (start, end, made) in TABLES.items():
+        path = ROOT / name
+        before, rest = path.read_text().split(start)
+        path.write_text(f"{before}{start}\n{made()}\n{end}{rest.split(end)[1]}")
 
 
 if __name__ == "__main__":

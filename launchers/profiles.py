@@ -216,16 +216,17 @@ def _whole(profile: Profile, name: str) -> Profile:
     """What fields mean together."""
     if profile.ssh and not profile.venv:
         raise UsageError(f"--executor {name}: ssh={profile.ssh} needs venv, the virtual environment on that host")
-    if profile.on_finish is not None:
-        try:
-            words = shlex.split(profile.on_finish)
-        except ValueError as error:
-            raise UsageError(
-                f"executor.on_finish={profile.on_finish!r}: {error}; it is split into words, not run by a shell"
-            ) from None
-        if not words:
-            raise UsageError("executor.on_finish: expected a command")
+    if profile.on_finish is not None and not hook_words(profile.on_finish):
+        raise UsageError("executor.on_finish: expected a command")
     return profile
+
+
+def hook_words(command: str) -> list[str]:
+    """The words of an ``on_finish`` command. Raises `UsageError` for quotes that do not close."""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"on_finish={command!r}: {error}; it is split into words, not run by a shell") from None
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The script loads what the profile names and becomes `launchers.slurm_step`, which reads STEP.json beside it and starts the ranks with
 ``srun``. NeMo-Run's SlurmExecutor is not used: it cannot place 17 ranks as 8 + 8 + 1, pastes environment values into the script,
-does not requeue, and costs 9 s to import (docs/design.md).
+does not requeue, and takes seconds to import (docs/slurm.md).
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launchers import slurm_commands
+from launchers import hook, slurm_commands
 from launchers.base import Job, Outcome, log_tail, outcome
 from launchers.profiles import seconds
 from launchers.slurm import STEP
@@ -36,7 +36,6 @@ from mimo_jobs.records import RUN, StepRecord, load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 GOING_ON = 75  # EX_TEMPFAIL: this batch job ends, the step does not
-HOOK_SECONDS = 60
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 2.0  # after a rank died, the time that Slurm has to say that it is the cause
 REQUEUE_ATTEMPTS = 5
@@ -275,7 +274,7 @@ class Step:
         if reason:
             fields["reason"] = reason
         self.record.add(event, **fields)
-        self._hook(self.record)
+        hook.call(self.plan["on_finish"], self.plan["run"], self.record)
         if event != "done":
             print(f"{self.plan['step']}: {event}: {reason}", file=sys.stderr, flush=True)
             self._end_children(event)
@@ -301,30 +300,7 @@ class Step:
                     exit_code=1,
                     reason=f"did not start: {self.plan['step']} {'failed' if event == 'failed' else 'was cancelled'}",
                 )
-                self._hook(child)
-
-    def _hook(self, step: StepRecord) -> None:
-        """Give a step's JSON to the ``on_finish`` command. Its failure is noted and changes nothing."""
-        if not self.plan["on_finish"]:
-            return
-        state = step.state()
-        said = {
-            "run": self.plan["run"], "step": step.name, "state": state.state, "reason": state.reason, "job_id": state.job_id,
-            "exit_code": state.exit_code, "seconds": round(state.seconds, 1), "gpu_hours": round(state.gpu_seconds / 3600, 4),
-            "attempts": state.attempts, "nodes": state.nodes, "record": str(step.directory), "summary": step.summary(),
-        }  # fmt: skip
-        try:
-            done = subprocess.run(
-                self.plan["on_finish"],
-                input=json.dumps(said, default=str),
-                text=True,
-                timeout=HOOK_SECONDS,
-                check=False,
-            )
-            problem = f"exit code {done.returncode}" if done.returncode else None
-        except (OSError, subprocess.TimeoutExpired) as error:
-            problem = str(error)
-        step.add("hook", command=self.plan["on_finish"], **({"problem": problem} if problem else {}))
+                hook.call(self.plan["on_finish"], self.plan["run"], child)
 
 
 def _for_srun(more: dict[str, str]) -> dict[str, str]:

@@ -142,6 +142,7 @@ def _recipe(name: str, argv: list[str]) -> int:
     values = overrides.parse(given, fields)
     overrides.require(name, values)
     overrides.check_layout(name, values)
+    on_finish = where.pop("on_finish", None) if kind == "local" else None
     target = _target(executor, kind, where)
 
     options = Options(
@@ -151,7 +152,7 @@ def _recipe(name: str, argv: list[str]) -> int:
         print(f"{PROGRAM}: no --executor given, running on this machine (--executor local)", file=sys.stderr)
     if target is not None and target.ssh:
         return _over_there(target, [f"recipes.{name}", *argv])
-    return run_recipe(name, values, executor, options, target, [f"recipes.{name}", *argv])
+    return run_recipe(name, values, executor, options, target, [f"recipes.{name}", *argv], on_finish)
 
 
 @dataclass(frozen=True)
@@ -186,23 +187,26 @@ def _over_there(profile: "Profile", argv: list[str]) -> int:
 
 def run_recipe(
     name: str, values: dict[str, Any], executor: str, options: Options | None = None, profile: "Profile | None" = None,
-    words: list[str] | None = None,
+    words: list[str] | None = None, on_finish: str | None = None,
 ) -> int:  # fmt: skip
     """Build a recipe with ``values`` (by field path), check what can be checked, then run it, queue it, or show it.
 
     Raises:
         UserError: the recipe cannot run, or a step of it failed.
     """
+    from launchers import profiles
     from mimo_jobs import console, pipeline, running, submission
     from mimo_jobs.hub import locate_model
 
     options = options or Options()
+    hook_words = profiles.hook_words(on_finish or "")
     if "model" in values:
         values["model"] = locate_model(values["model"], download=not options.dryrun)
     recipe = overrides.build(name, values)
     plan = pipeline.make_plan(name, pipeline.steps_of(recipe, name), resumable=bool(overrides.steps_of(name)))
     asked = submission.prepare(plan, profile, need_slurm=not options.dryrun) if profile is not None else None
-    run = pipeline.new_record(plan, executor, {} if options.dryrun else submission.about(profile, words or []))
+    about = {} if options.dryrun else submission.about(profile, words or []) | {"on_finish": hook_words}
+    run = pipeline.new_record(plan, executor, about)
     if options.dryrun:
         from mimo_jobs import dryrun
 

@@ -4,10 +4,11 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launchers import local
+from launchers import hook, local
 from launchers.base import make_record, outcome
 from mimo_jobs import pipeline, records
 from mimo_jobs.console import Steps, size
@@ -19,7 +20,7 @@ END_SECONDS = 30.0
 
 
 def run_chain(plan: Plan, run: RunRecord, view: Steps) -> dict[str, dict[str, Any]]:
-    """Run every step that is not done; returns each one's summary.
+    """Run every step that is not done; returns each one's summary. ``on_finish`` of ``run.about`` is called for each that ended.
 
     Raises:
         UserError: the records cannot be written, or a step failed, with its exit code and its first rank's error; later
@@ -28,6 +29,7 @@ def run_chain(plan: Plan, run: RunRecord, view: Steps) -> dict[str, dict[str, An
     make_record(run.root)
     run.write()
     summaries = {}
+    tell = partial(hook.call, run.about.get("on_finish") or (), run.run_id)
     for planned, recorded in zip(plan.steps, run.steps, strict=True):
         make_record(recorded.directory)
         name = planned.step.name
@@ -48,11 +50,14 @@ def run_chain(plan: Plan, run: RunRecord, view: Steps) -> dict[str, dict[str, An
                 )
             except KeyboardInterrupt:
                 recorded.add("cancelled", reason="interrupted", exit_code=130)
+                tell(recorded)
                 raise
             except UserError as error:
                 recorded.add("failed", reason=str(error), exit_code=error.exit_code)
+                tell(recorded)
                 raise
             recorded.add("done")
+            tell(recorded)
             summaries[name] = summary
             shown.done(told(planned.step, summary))
     return summaries

@@ -1,9 +1,20 @@
 """What README says stays true: its numbers are those of the result files."""
 
+import dataclasses
+
+import pytest
+
 from benchmarks import readme_table
+from launchers.profiles import Profile
 
 
-def test_the_speed_table_is_that_of_the_results():
-    readme = (readme_table.ROOT / "README.md").read_text()
-    shown = readme.split(readme_table.START)[1].split(readme_table.END)[0]
-    assert shown.strip() == readme_table.table().strip()
+@pytest.mark.parametrize("name", readme_table.TABLES)
+def test_tables_of_speed_are_those_of_the_results(name):
+    start, end, made = readme_table.TABLES[name]
+    shown = (readme_table.ROOT / name).read_text().split(start)[1].split(end)[0]
+    assert shown.strip() == made().strip()
+
+
+def test_every_field_of_a_profile_is_documented():
+    text = (readme_table.ROOT / "docs/slurm.md").read_text()
+    assert [f.name for f in dataclasses.fields(Profile) if f"`{f.name}`" not in text] == []
