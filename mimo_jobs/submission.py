@@ -130,7 +130,7 @@ def _placement_notes(planned: Planned, placed: Placement, asked: Request, profil
     layout = planned.step.layout
     if idle > 0 and layout is not None:
         notes.append(
-            placement.advice(layout, profile.gpus_per_node)
+            placement.advice(layout, profile.gpus_per_node, planned.preflight.allowed if planned.preflight else None)
             or f"{idle} of {asked.allocated_gpus} allocated GPUs stay idle"
         )
     return notes

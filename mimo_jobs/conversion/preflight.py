@@ -1,7 +1,8 @@
 """Everything that can be known before a job starts, from headers and the layout. No torch, no tensor read."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Preflight:
         disk_needed, disk_free: bytes, where the target goes.
         notes: sentences a user should read before queueing.
         held: component -> bytes of weights of its fullest rank, were a model built in this layout.
+        allowed: (component, field, value) -> whether the model allows that size of a component's layout.
     """
 
     layout: ResolvedLayout
@@ -40,6 +42,7 @@ class Preflight:
     disk_free: int
     notes: list[str]
     held: dict[str, int]
+    allowed: Callable[[str, str, int], bool]
 
 
 def preflight(job: str, arguments: Mapping[str, Any]) -> Preflight | None:
@@ -67,7 +70,7 @@ def check_import(args: ImportArgs) -> Preflight:
     return Preflight(
         args.layout, len(made.hf.tensors) - len(made.dropped), sum(made.bytes_per_rank), made.bytes_per_rank, sorted(passed),
         sorted(made.matched.weight_map.aliases), sorted(made.dropped), len(made.casts), needed,
-        publish.check_space(args.target, needed), notes, held(made),
+        publish.check_space(args.target, needed), notes, held(made), allowed(made),
     )  # fmt: skip
 
 
@@ -82,7 +85,7 @@ def check_export(args: ExportArgs) -> Preflight:
     return Preflight(
         args.layout, len(made.tensors), sum(made.bytes_per_rank), made.bytes_per_rank, sorted(n for n, _ in made.passed_ranks),
         sorted(made.manifest.aliases), sorted(made.dropped), len(made.casts), needed,
-        publish.check_space(args.target, needed), notes, held(made),
+        publish.check_space(args.target, needed), notes, held(made), allowed(made),
     )  # fmt: skip
 
 
@@ -101,7 +104,7 @@ def check_export_of(made_by: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     return Preflight(
         export.layout, sum(len(s.tensors) for s in made.exported.values()), sum(made.bytes_per_rank), made.bytes_per_rank,
         sorted(n for n, _ in made.passed_ranks), sorted(made.matched.weight_map.aliases), sorted(made.dropped), len(made.casts),
-        needed, publish.check_space(export.target, needed), _idle_notes(export.layout, made.bytes_per_rank), held(made),
+        needed, publish.check_space(export.target, needed), _idle_notes(export.layout, made.bytes_per_rank), held(made), allowed(made),
     )  # fmt: skip
 
 
@@ -115,6 +118,22 @@ def held(made: ImportPlan | ExportPlan) -> dict[str, int]:
             at = (rule.component, rank)
             ranks[at] = ranks.get(at, 0) + box.rows * box.columns * itemsize(made.matched.dtypes[box.rule])
     return {name: max((n for (c, _), n in ranks.items() if c == name), default=0) for name in layout.components}
+
+
+def allowed(made: ImportPlan | ExportPlan) -> Callable[[str, str, int], bool]:
+    """Whether the model allows another size of one component's layout."""
+    weight_map, layout = made.matched.weight_map, made.args.layout
+
+    @functools.cache
+    def check(component: str, field: str, value: int) -> bool:
+        changed = {**layout.components, component: replace(layout.components[component], **{field: value})}
+        try:
+            plans.check_layout(weight_map, replace(layout, components=changed))
+        except UsageError:
+            return False
+        return True
+
+    return check
 
 
 def _idle_notes(layout: ResolvedLayout, moved: list[int]) -> list[str]:
