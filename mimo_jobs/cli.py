@@ -195,7 +195,7 @@ def run_recipe(
         UserError: the recipe cannot run, or a step of it failed.
     """
     from launchers import profiles
-    from mimo_jobs import console, pipeline, running, submission
+    from mimo_jobs import console, pipeline, provenance, running, submission
     from mimo_jobs.hub import locate_model
 
     options = options or Options()
@@ -213,6 +213,8 @@ def run_recipe(
         dryrun.show(plan, run, values, asked, options.json)
         return 0
     if asked is None:
+        base.make_record(run.root)
+        provenance.describe(run, plan, recipe, ship=False)
         running_view = console.Steps(console.make(stderr=True), len(plan.steps))
         summaries = running.run_chain(plan, run, running_view)
         return _conclude(plan, run, summaries, options.json)

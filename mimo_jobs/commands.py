@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from launchers import base, profiles, slurm_commands
-from mimo_jobs import console, monitor, paths, pipeline, records, running, submission
+from mimo_jobs import console, monitor, paths, pipeline, provenance, records, running, submission
 from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.monitor import SeenRun
 from mimo_jobs.records import SUCCEEDED, RunRecord
@@ -212,17 +212,17 @@ def resume(name: str, given: Mapping[str, str], force: bool, as_json: bool = Fal
     told = [p.step.name for p in plan.to_run if p.step.name not in active]
     if local:
         print(f"{run.run_id}: from {told[0]}", file=sys.stderr)
-        again = pipeline.record_at(run.root, run.run_id, plan, run.executor, {**run.about, **_process()})
+        again = pipeline.record_at(run.root, run.run_id, plan, run.executor, {**run.about, **provenance.who()})
         running.run_chain(plan, again, console.Steps(console.make(stderr=True), len(plan.steps)))
         return 0
     profile = profiles.from_plain(run.about.get("profile") or {}, profiles.parse(given))
     asked = submission.prepare(plan, profile, need_slurm=True)
     check_warnings(plan, force)
-    about = {**run.about, **_process(), "profile": profile.plain()}
+    about = {**run.about, **provenance.who(), "profile": profile.plain()}
     again = pipeline.record_at(run.root, run.run_id, plan, run.executor, about)
     submission.check_requests(asked, again, run.root, set(active))
     if not active:
-        submission.write_about(asked, again, None)
+        provenance.describe(again, plan, None, ship=asked.code)
     else:
         again.write()
     queued = submission.submit(asked, again, {n: j for n, j in active.items() if j is not None})
@@ -234,12 +234,6 @@ def resume(name: str, given: Mapping[str, str], force: bool, as_json: bool = Fal
             if planned.skip:
                 print(f"  {planned.step.name} stays: {planned.why}")
     return 0
-
-
-def _process() -> dict[str, Any]:
-    from mimo_jobs.provenance import who
-
-    return who()
 
 
 def _planned_again(run: RunRecord, seen: SeenRun, active: Mapping[str, Any]) -> pipeline.Plan:

@@ -312,7 +312,7 @@ def _probe(profile: Profile, known: Mapping[str, Partition], directory: Path, wa
     partition = slurm.choose(known, profile.partition)
     reduced, asked = slurm_probe.request(f"mimo:{directory.name}", profile, partition)
     try:
-        came = slurm_probe.run(reduced, asked, directory, provenance.ship, wait_seconds)
+        came = slurm_probe.run(reduced, asked, directory, provenance.ship_code, wait_seconds)
     except SlurmSilent:
         raise
     except SlurmError as error:

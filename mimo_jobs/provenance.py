@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mimo_jobs.records import write_json
+from mimo_jobs.pipeline import Plan
+from mimo_jobs.records import RunRecord, write_json
 
 PACKAGES = ("mimo_jobs", "recipes", "launchers")
 GIT_SECONDS = 10.0
@@ -58,7 +58,7 @@ def write_code_diff(root: Path) -> None:
         (root / "code.diff").write_text(diff)
 
 
-def ship(root: Path) -> Path:
+def ship_code(root: Path) -> Path:
     """Copy this code into a record, so that what was submitted is what will run; the directory for PYTHONPATH."""
     target = root / "code"
     for package in PACKAGES:
@@ -71,12 +71,24 @@ def ship(root: Path) -> Path:
     return target
 
 
-def write_configuration(root: Path, recipe: Any, resolved: Mapping[str, Any]) -> None:
-    """``config.json``: every field of every step; ``config.fiddle.json``: the Fiddle configuration as Fiddle reads it again."""
-    from fiddle.experimental import serialization
+def describe(run: RunRecord, plan: Plan, recipe: Any, ship: bool) -> None:
+    """Write what a record holds besides its steps' own files: RUN.json, the configuration, the code.
 
-    write_json(root / "config.json", resolved)
-    write_json(root / "config.fiddle.json", json.loads(serialization.dump_json(recipe)))
+    Args:
+        recipe: the Fiddle configuration; None for a run that goes on, whose configuration is there already.
+        ship: copy the code, to run it from the record.
+    """
+    from mimo_jobs import overrides
+
+    if ship:
+        ship_code(run.root)
+    write_code_diff(run.root)
+    if recipe is not None:
+        from fiddle.experimental import serialization
+
+        write_json(run.root / "config.json", {p.step.name: overrides.flat(p.step.arguments) for p in plan.steps})
+        write_json(run.root / "config.fiddle.json", json.loads(serialization.dump_json(recipe)))
+    run.write()
 
 
 def who() -> dict[str, Any]:

@@ -249,21 +249,8 @@ def start(submission: Submission, run: RunRecord, recipe: Any) -> dict[str, int]
     """
     make_record(run.root, SLURM_PATH)
     check_requests(submission, run, run.root)
-    write_about(submission, run, recipe)
+    provenance.describe(run, submission.plan, recipe, ship=submission.code)
     return submit(submission, run)
-
-
-def write_about(submission: Submission, run: RunRecord, recipe: Any) -> None:
-    """What a record holds besides its steps' own files."""
-    from mimo_jobs import overrides
-
-    if submission.code:
-        provenance.ship(run.root)
-    provenance.write_code_diff(run.root)
-    if recipe is not None:
-        resolved = {p.step.name: overrides.flat(p.step.arguments) for p in submission.plan.steps}
-        provenance.write_configuration(run.root, recipe, resolved)
-    run.write()
 
 
 def about(profile: Profile | None, words: list[str]) -> dict[str, Any]:

@@ -337,7 +337,7 @@ def sbatch(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm_commands, "submit", stand_in)
     monkeypatch.setattr(slurm_commands, "would_run", lambda script, seconds=20.0: None)
     monkeypatch.setattr(slurm_commands, "partitions", lambda seconds=5.0: {"gpu": GPU})
-    monkeypatch.setattr(submission.provenance, "ship", lambda root: root / "code")
+    monkeypatch.setattr(submission.provenance, "ship_code", lambda root: root / "code")
     return stand_in
 
 
