@@ -91,10 +91,10 @@ class Step:
             ended = self._attempt(attempt, restarts)
             if ended.error is None:
                 return self._end("done", 0)
-            if self.signals:
-                return self._after_signal()
             if not ended.transient:
                 break
+            if self.signals:
+                return self._after_signal()
             if (stopped := self._stopped_by_slurm()) is not None:
                 return stopped
             self._last_words = ended.error

@@ -19,7 +19,7 @@ if "mimo_jobs.worker" in " ".join(sys.orig_argv):
     from mimo_jobs.weights import transfer
     real = transfer.write_full
     def slow(fd, data, offset):
-        time.sleep(float(os.environ.get("SLOW", "0")))
+        time.sleep(float(open(os.environ["SLOW"]).read()))
         real(fd, data, offset)
     transfer.write_full = slow
 """
@@ -42,15 +42,23 @@ def submit(home: Path, *words: str, recipe: str = "qwen35vl_pipeline", executor:
 
 
 def slowed(work: Path, seconds: float) -> tuple[str, ...]:
-    """Words that make every write of every rank take so long."""
+    """Words that make every write of every rank take so long, until `hurry`."""
     place = work / "slow"
     place.mkdir(exist_ok=True)
+    (place / "seconds").write_text(str(seconds))
     (place / "sitecustomize.py").write_text(SLOW)
     return (
         "executor.code=installed",
         f"executor.environment.PYTHONPATH={place}",
-        f"executor.environment.SLOW={seconds}",
+        f"executor.environment.SLOW={place}/seconds",
     )
+
+
+def hurry(work: Path) -> None:
+    """From here on at full speed."""
+    if (work / "slow").exists():
+        (work / "slow" / "seconds.new").write_text("0")
+        os.replace(work / "slow" / "seconds.new", work / "slow" / "seconds")
 
 
 def states(run: RunRecord) -> list[str]:

@@ -15,6 +15,7 @@ from tests.hf_files import config_of, make_hf
 from tests.slurm.runs import (
     NEMO_RUN,
     SMALL,
+    hurry,
     nemo_run,
     ranks,
     same_files,
@@ -49,6 +50,7 @@ def slow_pipeline(home, model, tmp_path, seconds, *more):
 
 
 def ended_well(run, model, tmp_path, seconds=90):
+    hurry(tmp_path)
     wait_for(run, "done", "done", "done", seconds=seconds)
     assert same_files(model, tmp_path / "out" / "hf")
     assert not list((tmp_path / "out").glob(".*partial*"))

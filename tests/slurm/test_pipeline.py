@@ -220,7 +220,7 @@ def test_resume_starts_at_the_failed_step_and_keeps_what_is_done(home, model, tm
 
 
 def test_logs_name_component_role_and_rank_and_follow_to_the_end(home, model, tmp_path):
-    run = submit(home, *pipeline(model, tmp_path, *slowed(tmp_path, 0.05)))
+    run = submit(home, *pipeline(model, tmp_path, *slowed(tmp_path, 0.02)))
     wait_writing(run)
     follow = subprocess.run(
         [shutil.which("nemo-run") or "nemo-run", "logs", "-f", f"{run.run_id}.import:language"],
