@@ -4,6 +4,7 @@ A single rank does without torchrun because that imports torch first: 4 s, more 
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ def launch(job: Job, watch: Watch) -> None:
         # torchrun and python are looked up on PATH; the user's directory must not shadow our modules.
         (job.record / LOGS).mkdir(exist_ok=True)
         environment = {"PATH": str(BIN), "PYTHONSAFEPATH": "1", "MIMO_JOBS_LOGS": str(job.record / LOGS)}
+        environment["MIMO_JOBS_OWNER"] = str(os.getpid())  # killed, this process could not end the ranks any more
         if job.world_size == 1:
             environment |= {"RANK": "0", "WORLD_SIZE": "1"}  # else inside an salloc the rank would be Slurm's
         executor = run.LocalExecutor(
@@ -58,7 +60,7 @@ def launch(job: Job, watch: Watch) -> None:
         with run.Experiment(
             job.name,
             executor=executor,
-            id=job.run_id,
+            id=_experiment_id(job),
             base_dir=str(job.record / "nemo_run"),
             log_level="WARNING",
             clean_mode=True,
@@ -75,6 +77,13 @@ def launch(job: Job, watch: Watch) -> None:
                 with _deaf():
                     experiment.cancel(job.name)
                 raise
+
+
+def _experiment_id(job: Job) -> str:
+    """A name that no earlier attempt of this record has."""
+    taken = job.record / "nemo_run" / "experiments" / job.name
+    names = itertools.chain([job.run_id], (f"{job.run_id}-again{n}" for n in itertools.count(1)))
+    return next(n for n in names if not (taken / n).exists())
 
 
 def _follow(experiment: Any, job: Job, watch: Watch) -> None:

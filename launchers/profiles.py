@@ -138,7 +138,7 @@ OWN_ELSEWHERE = {  # sbatch options that fields, or the launcher itself, already
     "--nodelist": "nodelist", "--exclude": "exclude", "--container-image": "container_image",
     "--container-mounts": "container_mounts", "--nodes": "", "--ntasks": "", "--ntasks-per-node": "", "--output": "",
     "--error": "", "--dependency": "", "--job-name": "", "--wrap": "", "--array": "", "--requeue": "", "--no-requeue": "",
-    "--chdir": "", "--export": "environment", "--parsable": "", "--kill-on-invalid-dep": "", "--open-mode": "",
+    "--test-only": "", "--wait": "", "--help": "", "--usage": "", "--version": "", "--hold": "", "--clusters": "", "--chdir": "", "--export": "environment", "--parsable": "", "--kill-on-invalid-dep": "", "--open-mode": "",
 }  # fmt: skip
 
 
@@ -285,10 +285,15 @@ def _scalar(where: str, name: str, hint: Any, value: Any) -> Any:
     _, expected, pattern = typing.get_args(hint)
     if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII if pattern != ANY else 0):
         raise UsageError(f"{where}={value!r}: expected {expected}{_allowed(pattern)}")
-    if hint is Option and (option := value.partition("=")[0]) in OWN_ELSEWHERE:
-        instead = f"; set {OWN_ELSEWHERE[option]}" if OWN_ELSEWHERE[option] else ""
+    if hint is Option and (own := _own_option(value.partition("=")[0])):
+        option, instead = own, f"; set {OWN_ELSEWHERE[own]}" if OWN_ELSEWHERE[own] else ""
         raise UsageError(f"{where}={value!r}: {option} is set by the launcher{instead}")
     return value
+
+
+def _own_option(option: str) -> str | None:
+    """The option of sbatch that is ours to set and that this one is, or abbreviates (getopt_long(3))."""
+    return next((own for own in OWN_ELSEWHERE if own.startswith(option)), None)
 
 
 def _allowed(pattern: str) -> str:

@@ -220,8 +220,13 @@ def commands(job: Job, asked: Request, profile: Profile) -> list[RankGroup]:
     ]
 
 
-def write(job: Job, step: str, run_id: str, asked: Request, profile: Profile, code: Path | None) -> Path:
-    """JOB.json, STEP.json and ``sbatch.sh`` of a step in its record; the script."""
+def write(
+    job: Job, step: str, run_id: str, asked: Request, profile: Profile, code: Path | None, replaces: str | None = None
+) -> Path:
+    """JOB.json, STEP.json and ``sbatch.sh`` of a step in its record; the script.
+
+    ``replaces``: `identity.revision` of the output that the step may replace, None where that was not decided.
+    """
     job.write()
     (job.record / LOGS).mkdir(exist_ok=True)
     if profile.container_image:  # what is mounted must be there
@@ -234,7 +239,7 @@ def write(job: Job, step: str, run_id: str, asked: Request, profile: Profile, co
         "node_of_rank": None if placement.contiguous_uniform else [placement.node_of(r) for r in range(job.world_size)],
         "ranks_on_a_node": asked.tasks_per_node, "environment": rank_environment(job, profile, code),
         "retries": profile.retries, "on_finish": shlex.split(profile.on_finish or ""), "allocated_gpus": asked.allocated_gpus,
-        "time": profile.time,
+        "time": profile.time, "replaces": replaces,
     }  # fmt: skip
     (job.record / STEP).write_text(json.dumps(text, indent=2) + "\n")
     path = job.record / SCRIPT
@@ -257,9 +262,17 @@ def explained(error: UserError, profile: Profile, known: Mapping[str, Partition]
             "; sinfo -o '%P %D %c %G' shows what nodes have (cpus_per_task and mem count too)",
         ),
         ("reservation", "reservation", ""),
+        ("number of nodes", "nodelist", ""),
         ("feature", "constraint", ""),
     ):
         if words in said.lower():
+            narrowed = [
+                f"{n}={getattr(profile, n)}" for n in ("nodelist", "exclude", "constraint") if getattr(profile, n)
+            ]
+            if name == "gpus_per_node" and narrowed:
+                return UserError(
+                    f"Slurm would refuse executor.{' executor.'.join(narrowed)}: {said}; no nodes are left that have what is asked for"
+                )
             value = getattr(profile, name)
             return UserError(
                 f"Slurm would refuse executor.{name}={'(not set)' if value is None else value}: {said}{hint}"

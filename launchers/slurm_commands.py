@@ -3,11 +3,12 @@
 States come from squeue, which knows jobs until MinJobAge after their end, and from sacct, which may be off, purged or late.
 """
 
+import functools
 import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,45 @@ def cancel(job_ids: Sequence[int]) -> None:
     """End jobs; those that have ended already do not matter."""
     if job_ids:
         call(["scancel", "--quiet", *map(str, job_ids)], 30.0)
+
+
+def cancel_named(names: Collection[str], users: Iterable[str] = ()) -> list[int]:
+    """End every job of these names, whatever their records say of them; the jobs' ids."""
+    ids = sorted(
+        (j.job_id for j in queue(users).values() if j.active and j.name in names), reverse=True
+    )  # dependents first
+    cancel(ids)
+    return ids
+
+
+def find(name: str, users: Iterable[str] = ()) -> int | None:
+    """The active job of this name, None without one."""
+    return max((j.job_id for j in queue(users).values() if j.active and j.name == name), default=None)
+
+
+def steps(job_id: int) -> list[str]:
+    """``["12.0"]``: the steps of a job that srun started and that have not ended."""
+    text = call(["squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i"], 10.0)
+    return [word for word in text.split() if re.fullmatch(rf"{job_id}\.\d+", word)]
+
+
+def end_steps(ids: Sequence[str]) -> None:
+    """Kill steps, not their job."""
+    call(["scancel", "--quiet", "--signal=KILL", *ids], 10.0)
+
+
+def cluster_name() -> str:
+    """``ClusterName`` of the cluster that answers here; empty when none does."""
+    return _cluster_name(os.environ.get("SLURM_CONF", ""))
+
+
+@functools.cache
+def _cluster_name(configuration: str, seconds: float = 5.0) -> str:
+    try:
+        found = re.search(r"^ClusterName\s*=\s*(\S+)", call(["scontrol", "show", "config"], seconds), re.MULTILINE)
+    except SlurmError:
+        return ""
+    return found[1] if found else ""
 
 
 def requeue(job_id: int) -> None:

@@ -41,6 +41,9 @@ SETTLE_SECONDS = 2.0  # after a rank died, the time that Slurm has to say that i
 REQUEUE_ATTEMPTS = 5
 MOST_IDLE_REQUEUES = 3  # time limits in a row that a step may reach without having come further
 RESULTS = ("result.json", "progress.json")
+HANGING_SECONDS = 60  # after a result, the time that srun has to notice that the ranks are gone
+STEP_CANCELLED = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED")
+NODE_FAILED = re.compile(r"Node failure on|DUE TO NODE FAILURE|NODE FAIL", re.IGNORECASE)
 KILLED = re.compile(
     r"srun: error: (?P<host>\S+): tasks? (?P<rank>[\d,-]+): (?P<how>Killed|Out Of Memory|Segmentation fault|Aborted)"
 )
@@ -53,6 +56,7 @@ class Verdict(enum.Enum):
     PREEMPTED = "preempted"
     LIMIT = "its time limit was near"
     REQUEUED = "stopped and requeued by Slurm"
+    NODE = "a node failed"
     TOLD = "told to stop"
 
 
@@ -75,22 +79,35 @@ class Step:
         """Run the step to an end, or back into the queue; returns the batch job's exit code."""
         for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
+        current = self.record.state().job_id
+        if self.job_id and current is not None and current != self.job_id:
+            print(
+                f"{self.plan['step']}: job {current} has taken its place; nemo-run resume queues steps", file=sys.stderr
+            )
+            return 1
         nodes, restarts = os.environ.get("SLURM_JOB_NODELIST", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         self.record.add(
             "started", job_id=self.job_id, nodes=nodes, restarts=restarts, gpus=self.plan["allocated_gpus"], host=os.uname().nodename,
         )  # fmt: skip
         if identity.is_complete(self.job.name, self.job.arguments):
             return self._end("done", 0, reason="its output was there already, made from the same inputs and settings")
+        place = identity.place_of(self.job.name, self.job.arguments)
+        replaces = self.plan.get("replaces")
+        if replaces is not None and place and place.exists() and identity.revision(self.job.name, place) != replaces:
+            return self._end("failed", 1, reason=identity.CHANGED.format(place))
         if self._node_failures() > self.plan["retries"]:
             return self._end(
                 "failed", 1, reason=f"its nodes failed {self._node_failures()} times (retries={self.plan['retries']})"
             )
         for attempt in range(self.plan["retries"] + 1):
             if attempt:
-                self.record.add("retry", reason=self._last_words, attempt=attempt)
+                self.record.add("retry", job_id=self.job_id, reason=self._last_words, attempt=attempt)
             ended = self._attempt(attempt, restarts)
             if ended.error is None:
                 return self._end("done", 0)
+            self._end_ranks()  # a srun that died leaves its ranks behind
+            if identity.is_complete(self.job.name, self.job.arguments):  # it was published before that happened
+                return self._end("done", 0, reason=f"complete, although {ended.error.partition(chr(10))[0]}")
             if not ended.transient:
                 break
             if self.signals:
@@ -108,7 +125,7 @@ class Step:
         self.log_start = log.stat().st_size if log.exists() else 0
         ours = {
             **self.plan["environment"],
-            "MIMO_JOBS_ATTEMPT": f"{restarts}-{attempt}",
+            "MIMO_JOBS_ATTEMPT": f"{self.job_id}-{restarts}-{attempt}",
             "LOCAL_WORLD_SIZE": str(self.plan["ranks_on_a_node"]),
         }
         environment = _for_srun(ours)
@@ -121,7 +138,7 @@ class Step:
             )
             if self.signals:  # it arrived meanwhile
                 self._forward(self.signals[-1])
-            code = self.ranks.wait()
+            code = self._waited(self.ranks)
             self.ranks = None
         else:
             code = 1
@@ -130,12 +147,35 @@ class Step:
             return Outcome({}, f"srun ended with exit code {code} after the job had succeeded", 1, transient=True)
         return ended if ended.error is None else self._explained(ended)
 
+    def _waited(self, srun: subprocess.Popen[bytes]) -> int:
+        """The exit code of srun. It is ended when the job has its result and srun does not notice (a dead slurmstepd)."""
+        finished: float | None = None
+        while True:
+            try:
+                return srun.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                if finished is None and (self.job.record / "result.json").exists():
+                    finished = time.monotonic()
+                if finished is not None and time.monotonic() - finished > HANGING_SECONDS:
+                    self._end_ranks()
+                    srun.kill()
+
+    def _end_ranks(self) -> None:
+        """End every step of this job that srun started, and wait until Slurm says that it has."""
+        deadline = time.monotonic() + HANGING_SECONDS
+        with contextlib.suppress(SlurmError):
+            while (left := slurm_commands.steps(self.job_id)) and time.monotonic() < deadline:
+                slurm_commands.end_steps(left)
+                time.sleep(POLL_SECONDS)
+
     def _explained(self, ended: Outcome) -> Outcome:
         """The first error: what the first failing rank said, else how Slurm says that it died."""
         result = self.job.record / "result.json"
         with contextlib.suppress(OSError):
-            text = (self.job.record / "slurm.log").read_bytes()[self.log_start :].decode(errors="replace")
-            died = KILLED.search(text)
+            text = self._log()
+            died, cancelled = KILLED.search(text), STEP_CANCELLED.search(text)
+            if cancelled and not self.signals and (died is None or cancelled.start() < died.start()):
+                died = None
             said = json.loads(result.read_text())["error"] if result.exists() else None
             if died and (said is None or said.get("transient")):
                 rank = died["rank"]
@@ -150,6 +190,13 @@ class Step:
                 lines = "\n".join(f"  {line}" for line in text.splitlines()[-6:] if line.strip())
                 return Outcome({}, f"no rank left a result; srun's last words:\n{lines}", 1, transient=True)
         return ended
+
+    def _log(self) -> str:
+        """What this attempt's srun said."""
+        try:
+            return (self.job.record / "slurm.log").read_bytes()[self.log_start :].decode(errors="replace")
+        except OSError:
+            return ""
 
     def _write_hosts(self) -> Path:
         """The host of every rank, for srun's arbitrary distribution."""
@@ -192,7 +239,7 @@ class Step:
         state = fields.get("JobState", "")
         restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         if state in ("PENDING", "REQUEUED") or int(fields.get("Restarts") or 0) > restarts:
-            return Verdict.REQUEUED
+            return Verdict.NODE if NODE_FAILED.search(self._log()) else Verdict.REQUEUED
         if fields.get("PreemptTime", "None") not in ("None", ""):
             return Verdict.PREEMPTED
         if state not in ("CANCELLED", "COMPLETING", "TIMEOUT"):
@@ -213,7 +260,7 @@ class Step:
                 "failed", 1, reason=f"it reached {limit} {MOST_IDLE_REQUEUES} times without coming further; set executor.time to more"
             )  # fmt: skip
         self.record.add("requeued", reason=verdict.value, job_id=self.job_id, progress=self._progress())
-        if verdict is Verdict.REQUEUED:
+        if verdict in (Verdict.REQUEUED, Verdict.NODE):
             return GOING_ON
         for attempt in range(REQUEUE_ATTEMPTS):
             try:
@@ -248,15 +295,17 @@ class Step:
         return next((i for i, p in enumerate(seen) if p != seen[0]), len(seen))
 
     def _node_failures(self) -> int:
-        """Starts of this job that ended without a word: its batch host died."""
+        """Starts of this job that a lost node ended: its own host, so that nothing more was said, or another, and Slurm requeued it."""
         count, open_start = 0, False
         for event in self.record.events()[:-1]:
-            if event["event"] == "submitted":
+            kind = event["event"]
+            if kind == "submitted":
                 count, open_start = 0, False
-            elif event["event"] == "started":
+            elif kind == "started":
                 count += open_start
                 open_start = True
-            elif event["event"] in ("requeued", "done", "failed", "cancelled"):
+            elif kind in ("requeued", "done", "failed", "cancelled"):
+                count += kind == "requeued" and event.get("reason") == Verdict.NODE.value
                 open_start = False
         return count + open_start
 
@@ -274,10 +323,12 @@ class Step:
         if reason:
             fields["reason"] = reason
         self.record.add(event, **fields)
-        hook.call(self.plan["on_finish"], self.plan["run"], self.record)
+        ended = [self.record]
         if event != "done":
             print(f"{self.plan['step']}: {event}: {reason}", file=sys.stderr, flush=True)
-            self._end_children(event)
+            ended += self._end_children(event)
+        for step in ended:  # the hook last: it may take its time
+            hook.call(self.plan["on_finish"], self.plan["run"], step)
         return code
 
     def _clear_staging(self) -> None:
@@ -285,22 +336,22 @@ class Step:
         if "target" in self.job.arguments:
             remove_staging(Path(self.job.arguments["target"]), self.job.run_id)
 
-    def _end_children(self, event: str) -> None:
-        """Write down that the steps behind this one will not start: Slurm cancels them without a word in their records."""
+    def _end_children(self, event: str) -> list[StepRecord]:
+        """Write down that the steps behind this job will not start: Slurm cancels them without a word in their records."""
         directory = self.job.record
         try:
             run = load(directory if (directory / RUN).exists() else directory.parent)
         except UserError:
-            return
-        names = [s.name for s in run.steps]
+            return []
+        names, ended, parents = [s.name for s in run.steps], [], {self.job_id}
         for child in run.steps[names.index(self.plan["step"]) + 1 :]:
-            if child.state().state == "queued":
-                child.add(
-                    "cancelled",
-                    exit_code=1,
-                    reason=f"did not start: {self.plan['step']} {'failed' if event == 'failed' else 'was cancelled'}",
-                )
-                hook.call(self.plan["on_finish"], self.plan["run"], child)
+            state = child.state()
+            if state.state == "queued" and state.after in parents and state.job_id is not None:
+                why = f"did not start: {self.plan['step']} {'failed' if event == 'failed' else 'was cancelled'}"
+                child.add("cancelled", exit_code=1, reason=why)
+                parents.add(state.job_id)
+                ended.append(child)
+        return ended
 
 
 def _for_srun(more: dict[str, str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SHORT = {"-h": "--help", "-y": "--yes", "-f": "--follow"}
 WITH_VALUE = ("--executor",)
 DEBUG = "MIMO_JOBS_DEBUG"
+LONGEST = 1000  # characters of a line of an error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        print(f"{_red(PROGRAM)}: {error}", file=sys.stderr)
+        print(f"{_red(PROGRAM)}: {_shortened(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(
@@ -51,7 +52,7 @@ def guarded(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a directory without permission
-        print(f"{_red(PROGRAM)}: {error}", file=sys.stderr)
+        print(f"{_red(PROGRAM)}: {_shortened(str(error))}", file=sys.stderr)
         return 1
     except Exception as error:
         if DEBUG in os.environ:
@@ -59,6 +60,14 @@ def guarded(work: Callable[[], int]) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
         print(f"{_red(PROGRAM)}: {text} (a defect; set {DEBUG}=1 for the traceback)", file=sys.stderr)
         return 1
+
+
+def _shortened(text: str) -> str:
+    """One screen: a value that somebody pasted may be a whole file."""
+    lines = [
+        line if len(line) <= LONGEST else f"{line[: LONGEST - 120]} ... {line[-100:]}" for line in text.splitlines()
+    ]
+    return "\n".join(lines)
 
 
 def _stop(signum: int, frame: object) -> NoReturn:

@@ -5,12 +5,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from launchers import base, profiles, slurm_commands
+from launchers import base, hook, profiles, slurm_commands
 from mimo_jobs import console, monitor, paths, pipeline, provenance, records, running, submission
+from mimo_jobs.conversion import publish
 from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.monitor import SeenRun
 from mimo_jobs.records import SUCCEEDED, RunRecord
@@ -18,6 +19,7 @@ from mimo_jobs.records import SUCCEEDED, RunRecord
 RECENT = 5
 POLL_SECONDS = 0.5
 SHORT_DIFF = 400
+ENDING_SECONDS = 60.0  # twice Slurm's KillWait
 
 
 def status(name: str | None, as_json: bool, everything: bool = False, wait: bool = False) -> int:
@@ -166,24 +168,25 @@ def cancel(name: str) -> int:
     if pipeline.is_local(run.executor):
         print(f"{run.run_id}: {running.cancel(run)}")
         return 0
-    seen = monitor.look([run])[0]
-    if seen.notes:
-        raise UserError(f"{run.run_id}: {seen.notes[0]}; nothing was cancelled")
-    active = [s for s in seen.steps if s.state.state in ("queued", "running")]
-    ids = [
-        s.state.job_id for s in reversed(active) if s.state.job_id is not None
-    ]  # dependents first: none starts meanwhile
-    slurm_commands.cancel(ids)
-    for one in active:
-        if one.state.state == "queued":  # a running one writes its own last word
-            one.step.add("cancelled", reason="cancelled by nemo-run cancel", exit_code=130)
+    with records.locked(run):
+        seen = monitor.look([run])[0]
+        if seen.notes:
+            raise UserError(f"{run.run_id}: {seen.notes[0]}; nothing was cancelled")
+        active = [s for s in seen.steps if s.state.state in ("queued", "running")]
+        # By name, not by what the records say: nothing of this run may stay.
+        ended = slurm_commands.cancel_named({submission.title(run, s.name) for s in run.steps}, submission.users(run))
+        for one in active:
+            if one.state.state == "queued":  # a running one writes its own last word
+                one.step.add("cancelled", reason="cancelled by nemo-run cancel", exit_code=130)
+                if "target" in one.step.arguments:
+                    publish.remove_staging(Path(one.step.arguments["target"]), one.step.run_id)
+                hook.call(
+                    profiles.hook_words((run.about.get("profile") or {}).get("on_finish") or ""), run.run_id, one.step
+                )
+    told = ", ".join(f"{s.step.name} (job {s.state.job_id})" for s in active)
     print(
         f"{run.run_id}: "
-        + (
-            ", ".join(f"{s.step.name} (job {s.state.job_id})" for s in active) + " cancelled"
-            if active
-            else "nothing of it is queued or runs"
-        )
+        + (f"{told or f'jobs {ended}'} cancelled" if active or ended else "nothing of it is queued or runs")
     )
     return 0
 
@@ -194,46 +197,89 @@ def cancel(name: str) -> int:
 def resume(name: str, given: Mapping[str, str], force: bool, as_json: bool = False) -> int:
     """Go on with a run: what is done stays, what is queued or running is waited for, the rest runs again in order."""
     run = records.find(name, paths.home())
+    with records.locked(run):
+        if pipeline.is_local(run.executor):
+            return _resume_here(run)
+        return _resume_there(run, given, force, as_json)
+
+
+def _resume_here(run: RunRecord) -> int:
     seen = monitor.look([run])[0]
-    if seen.notes:
-        raise UserError(f"{run.run_id}: {seen.notes[0]}; resume it when Slurm answers")
-    local = pipeline.is_local(run.executor)
-    if local and seen.active:
+    if seen.active:
         raise UserError(
             f"{run.run_id}: still runs (process {run.about.get('pid')}); nemo-run cancel {run.run_id} ends it"
         )
-    active = {
-        s.step.name: s.state.job_id for s in seen.steps if s.state.state in ("queued", "running") and s.state.job_id
-    }
-    plan = _planned_again(run, seen, active)
-    if not plan.to_run or all(p.step.name in active for p in plan.to_run):
-        print(f"{run.run_id}: nothing to do: " + ", ".join(f"{s.step.name} {s.state.state}" for s in seen.steps))
+    plan = _planned_again(run, seen, {})
+    if _is_done(run, seen, plan, ()):
         return 0
-    told = [p.step.name for p in plan.to_run if p.step.name not in active]
-    if local:
-        print(f"{run.run_id}: from {told[0]}", file=sys.stderr)
-        again = pipeline.record_at(run.root, run.run_id, plan, run.executor, {**run.about, **provenance.who()})
-        running.run_chain(plan, again, console.Steps(console.make(stderr=True), len(plan.steps)))
+    print(f"{run.run_id}: from {plan.to_run[0].step.name}", file=sys.stderr)
+    again = pipeline.record_at(run.root, run.run_id, plan, run.executor, {**run.about, **provenance.who()})
+    running.run_chain(plan, again, console.Steps(console.make(stderr=True), len(plan.steps)))
+    return 0
+
+
+def _resume_there(run: RunRecord, given: Mapping[str, str], force: bool, as_json: bool) -> int:
+    seen, active = _settled(run)
+    plan = _planned_again(run, seen, active)
+    if _is_done(run, seen, plan, active):
         return 0
     profile = profiles.from_plain(run.about.get("profile") or {}, profiles.parse(given))
     asked = submission.prepare(plan, profile, need_slurm=True)
     check_warnings(plan, force)
-    about = {**run.about, **provenance.who(), "profile": profile.plain()}
+    about = {**run.about, **provenance.who(), "profile": profile.plain(), "cluster": slurm_commands.cluster_name()}
     again = pipeline.record_at(run.root, run.run_id, plan, run.executor, about)
     submission.check_requests(asked, again, run.root, set(active))
-    if not active:
-        provenance.describe(again, plan, None, ship=asked.code)
-    else:
+    if active:  # their code is in use
         again.write()
-    queued = submission.submit(asked, again, {n: j for n, j in active.items() if j is not None})
+    else:
+        provenance.describe(again, plan, None, ship=asked.code)
+    queued = submission.submit(asked, again, active)
     if as_json:
         print(json.dumps({"run_id": run.run_id, "record": str(run.root), "jobs": queued}))
-    else:
-        print(f"{run.run_id}: " + ", ".join(f"{n} queued as job {j}" for n, j in queued.items()))
-        for planned in plan.steps:
-            if planned.skip:
-                print(f"  {planned.step.name} stays: {planned.why}")
+        return 0
+    print(f"{run.run_id}: " + ", ".join(f"{n} queued as job {j}" for n, j in queued.items()))
+    for planned in plan.steps:
+        if planned.skip:
+            print(f"  {planned.step.name} stays: {planned.why}")
     return 0
+
+
+def _settled(run: RunRecord) -> tuple[SeenRun, dict[str, int]]:
+    """The run once nothing of it is ending, and the jobs that later steps can wait for.
+
+    A queued step behind one that has to run again waits for a job that will not succeed: it is cancelled, to be queued anew.
+    """
+    deadline = time.monotonic() + ENDING_SECONDS
+    while True:
+        seen = monitor.look([run])[0]
+        if seen.notes:
+            raise UserError(f"{run.run_id}: {seen.notes[0]}; resume it when Slurm answers")
+        if not any(s.slurm == "COMPLETING" for s in seen.steps):
+            break
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{run.run_id}: a job of it has been ending for {ENDING_SECONDS:g} s; try again when squeue no longer shows it"
+            )
+        time.sleep(POLL_SECONDS)
+    active: dict[str, int] = {}
+    again = False
+    for one in seen.steps:
+        if one.state.state in ("queued", "running") and one.state.job_id is not None:
+            if not again:
+                active[one.step.name] = one.state.job_id
+                continue
+            slurm_commands.cancel([one.state.job_id])
+            one.step.add("cancelled", reason="queued anew behind a step that runs again", exit_code=1)
+        again = again or one.state.state not in SUCCEEDED
+    return seen, active
+
+
+def _is_done(run: RunRecord, seen: SeenRun, plan: pipeline.Plan, active: Collection[str]) -> bool:
+    """Say that there is nothing to do, if there is nothing."""
+    if any(p.step.name not in active for p in plan.to_run):
+        return False
+    print(f"{run.run_id}: nothing to do: " + ", ".join(f"{s.step.name} {s.state.state}" for s in seen.steps))
+    return True
 
 
 def _planned_again(run: RunRecord, seen: SeenRun, active: Mapping[str, Any]) -> pipeline.Plan:

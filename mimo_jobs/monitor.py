@@ -32,10 +32,11 @@ REASONS = {
 
 @dataclass
 class Seen:
-    """A step as it is now; ``state`` is reconciled."""
+    """A step as it is now; ``state`` is reconciled, ``slurm`` is Slurm's own word for an active job."""
 
     step: StepRecord
     state: StepState
+    slurm: str = ""
     progress: Mapping[str, Any] | None = None
 
     def data(self) -> dict[str, Any]:
@@ -95,8 +96,13 @@ def look(runs: Sequence[RunRecord]) -> list[SeenRun]:
     users = {str(r.run.about["uid"]) for r in seen if "uid" in r.run.about}
     cluster = _ask(open_steps, users) if open_steps else Cluster({}, {}, None)
     for one in seen:
+        home = str(one.run.about.get("cluster") or "")
         if pipeline.is_local(one.run.executor):
             _reconcile_local(one)
+        elif open_steps and home and (here := slurm_commands.cluster_name()) and here != home:
+            one.notes.append(
+                f"{one.run.run_id} is on cluster {home}, this is {here}; the states are what the jobs wrote themselves"
+            )
         else:
             _reconcile(one, cluster)
         for step in one.steps:
@@ -115,7 +121,8 @@ class Cluster:
 
     def job(self, state: StepState) -> QueuedJob | None:
         if state.job_id is not None:
-            return self.jobs.get(state.job_id)
+            found_job = self.jobs.get(state.job_id)  # numbers are given out again, names are not
+            return found_job if found_job and found_job.name in (state.title, "") else None
         found = [j for j in self.by_title.get(state.title, ()) if j.job_id not in state.known_jobs]
         return max(found, key=lambda j: (j.active, j.job_id), default=None)
 
@@ -150,7 +157,7 @@ def _apply(step: Seen, job: QueuedJob | None, before: Sequence[Seen]) -> None:
     """What Slurm says of a step that has not said how it ended."""
     state = step.state
     if job is not None and job.active:
-        state.job_id = job.job_id
+        state.job_id, step.slurm = job.job_id, job.state
         if job.waiting:
             state.state = "queued"
             state.reason = _waits(state, job)
@@ -162,18 +169,18 @@ def _apply(step: Seen, job: QueuedJob | None, before: Sequence[Seen]) -> None:
     if job is None:
         if state.job_id is None:
             if time.time() - state.last > SUBMIT_SECONDS:
-                _settle(step, "cancelled", "its submission was cut short; nemo-run resume queues it")
+                _conclude(step, "cancelled", "its submission was cut short; nemo-run resume queues it")
             return
         if time.time() - state.last < FORGOTTEN_SECONDS:
             return
         if state.state == "running":
-            _settle(
+            _conclude(
                 step,
                 "failed",
                 f"job {state.job_id} ended without a word, and Slurm no longer knows it (is accounting off?)",
             )
         else:
-            _settle(
+            _conclude(
                 step,
                 "cancelled",
                 _parents(before)
@@ -188,12 +195,22 @@ def _apply(step: Seen, job: QueuedJob | None, before: Sequence[Seen]) -> None:
         never_ran = state.state == "queued" and not state.ran
         _settle(step, "cancelled", (_parents(before) if never_ran else "") or "cancelled")
     else:
-        code = f" (exit code {job.exit_code})" if job.state == "FAILED" and job.exit_code not in ("", "0:0") else ""
-        _settle(
-            step,
-            "failed",
-            f"{slurm_commands.described(job)}{code}; {step.step.directory / 'slurm.log'} has its last words",
-        )
+        _settle(step, "failed", _without_a_word(step, job))
+
+
+def _without_a_word(step: Seen, job: QueuedJob) -> str:
+    """Why a job ended that could not say so itself."""
+    if job.state == "FAILED" and not step.state.ran:
+        job = slurm_commands.accounting([job.job_id]).get(job.job_id, job)  # squeue does not tell exit codes
+        code = f" with exit code {job.exit_code.partition(':')[0]}" if job.exit_code not in ("", "0:0") else ""
+        return f"ended{code} before its first word: look at executor.setup, modules and venv, and at {step.step.directory / 'slurm.log'}"
+    code = f" (exit code {job.exit_code})" if job.exit_code not in ("", "0:0") else ""
+    return f"{slurm_commands.described(job)}{code}; {step.step.directory / 'slurm.log'} has its last words"
+
+
+def _conclude(step: Seen, state: str, reason: str) -> None:
+    """An end that is only inferred, from what is not there: true for now, and not written down."""
+    step.state = dataclasses.replace(step.state, state=state, reason=reason, exit_code=1)
 
 
 def _settle(step: Seen, state: str, reason: str) -> None:
@@ -202,7 +219,7 @@ def _settle(step: Seen, state: str, reason: str) -> None:
         step.step.add(state, reason=reason, exit_code=1, seen_by="status")
         step.state = step.step.state()
         return
-    step.state = dataclasses.replace(step.state, state=state, reason=reason, exit_code=1)
+    _conclude(step, state, reason)
 
 
 def _waits(state: StepState, job: QueuedJob) -> str:
@@ -225,7 +242,7 @@ def _why_waiting(seen: SeenRun, number: int) -> str:
     if parents := _parents(seen.steps[:number]):
         return parents
     about = seen.run.about
-    if pipeline.process_alive(str(about.get("host")), int(about.get("pid") or 0)):
+    if pipeline.process_alive(about):
         return "about to be queued"
     return "not queued: its submission was cut short; nemo-run resume queues it"
 
@@ -234,7 +251,7 @@ def _reconcile_local(seen: SeenRun) -> None:
     about = seen.run.about
     host, pid = str(about.get("host")), int(about.get("pid") or 0)
     here = host == os.uname().nodename
-    seen.alive = pipeline.process_alive(host, pid)
+    seen.alive = pipeline.process_alive(about)
     if not here and any(s.state.state == "running" for s in seen.steps):
         seen.notes.append(f"{seen.run.run_id} runs on {host}; whether it still does is known there")
     for number, step in enumerate(seen.steps):

@@ -15,7 +15,7 @@ from typing import Any
 from launchers.base import SAFE_PATH, Job
 from mimo_jobs import jobs, overrides, paths, records
 from mimo_jobs.console import size
-from mimo_jobs.errors import UserError
+from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.layout import ParallelLayout, ResolvedLayout
 from mimo_jobs.records import RunRecord, StepRecord
 
@@ -59,12 +59,21 @@ class Planned:
         skip: its output is there and is what it would make.
         why: the reason, for people; empty when it simply runs.
         preflight: its weight plan in numbers, None for jobs that have none.
+        replaces: `identity.revision` of an old output of ours that the step may replace, and nothing else.
     """
 
     step: Step
     skip: bool = False
     why: str = ""
     preflight: Any = None
+    replaces: str | None = None
+
+    @property
+    def job_step(self) -> Step:
+        """The step as its job gets it: with leave to replace the output that was found to be old."""
+        if self.replaces is None or "overwrite" not in self.step.arguments:
+            return self.step
+        return dataclasses.replace(self.step, arguments={**self.step.arguments, "overwrite": True})
 
 
 @dataclass
@@ -107,11 +116,35 @@ def make_plan(
     """
     for step in steps:
         step.layout  # noqa: B018  a layout that does not resolve is the first thing to say
+    _check_casts(steps)
     plan = Plan(name, _decided(steps, active, done) if resumable else [Planned(s) for s in steps])
     checked = [p for p in plan.to_run if p.step.name not in active]
     _check_targets(checked)
     _preflight(plan, checked)
     return plan
+
+
+def _check_casts(steps: list[Step]) -> None:
+    """A verify at the end of a chain must expect what the chain makes. Raises a `UsageError` that names the fields."""
+    made = {s.arguments["target"]: s for s in steps if "target" in s.arguments}
+    for step in steps:
+        export = made.get(step.arguments.get("right", "")) if step.job == "verify" else None
+        imported = made.get(export.arguments.get("source", "")) if export else None
+        if export is None or imported is None:
+            continue
+        for setting in ("dtype", "mtp"):
+            set_at = [s for s in (imported, export) if s.arguments.get(setting) not in (None, "keep")]
+            expected = set_at[-1].arguments[setting] if set_at else imported.arguments.get(setting)
+            if len({s.arguments[setting] for s in set_at}) > 1:
+                named = " and ".join(f"{s.name}.{setting}={s.arguments[setting]}" for s in set_at)
+                raise UsageError(
+                    f"{named}: a cast of a cast cannot be verified against the source; set {setting}=... for the whole chain"
+                )
+            if step.arguments.get(setting) != expected:
+                raise UsageError(
+                    f"{step.name}.{setting}={step.arguments.get(setting) or 'none'}, but {set_at[-1].name if set_at else imported.name}.{setting}={expected or 'none'}: "
+                    f"the two would differ; set {setting}={expected or 'none'} for the whole chain"
+                )
 
 
 # ------------------------------------------------------------------------------------------------ what is done already
@@ -158,27 +191,22 @@ def _compared(step: Step, place: Path, expected: Mapping[str, Any]) -> Planned:
     """Whether what lies at ``place`` is what the step would make; what is not is replaced once the new one is whole."""
     from mimo_jobs.conversion import identity
 
-    again = (
-        dataclasses.replace(step, arguments={**step.arguments, "overwrite": True})
-        if "overwrite" in step.arguments
-        else step
-    )
     try:
         recorded = identity.recorded(step.job, place)
     except UserError as error:
         if not identity.is_ours(step.job, place):
             if step.arguments.get("overwrite"):
-                return Planned(again, why=f"overwrite=true: {place} is replaced")
+                return Planned(step, why=f"overwrite=true: {place} is replaced")
             raise UserError(
                 f"{step.name}: {error}\n  it is not from this pipeline; give another workdir, or overwrite=true to replace it"
             ) from None
-        return Planned(again, why=f"what is there is damaged: {error}")
+        return Planned(step, why=f"what is there is damaged: {error}", replaces=identity.revision(step.job, place))
     if recorded is None:
         return Planned(step)
     changed = identity.difference(recorded, expected)
     if not changed:
         return Planned(step, skip=True, why=f"done already: {place} was made from the same inputs and settings")
-    return Planned(again, why=f"{changed}; {place} is replaced")
+    return Planned(step, why=f"{changed}; {place} is replaced", replaces=identity.revision(step.job, place))
 
 
 def _names(places: set[str]) -> str:
@@ -192,7 +220,7 @@ def _check_targets(steps: list[Planned]) -> None:
     from mimo_jobs.conversion.publish import check_target
 
     for planned in steps:
-        arguments = planned.step.arguments
+        arguments = planned.job_step.arguments
         if "target" in arguments:
             check_target(Path(arguments["target"]), arguments["overwrite"])
 
@@ -205,7 +233,7 @@ def _preflight(plan: Plan, steps: list[Planned]) -> None:
     needed: dict[int, int] = {}
     places: dict[int, Path] = {}
     for planned in steps:
-        arguments = planned.step.arguments
+        arguments = planned.job_step.arguments
         if "layout" not in arguments:
             continue
         maker = makers.get(arguments.get("source", ""))
@@ -264,7 +292,7 @@ def step_of(recorded: StepRecord) -> Step:
 
 def job_of(planned: Planned, recorded: StepRecord, names: re.Pattern[str] = SAFE_PATH) -> Job:
     """The launcher's view of a step; ``names`` is what its record's path may hold."""
-    step = planned.step
+    step = planned.job_step
     return Job(step.job, step.plain(), step.world_size, recorded.directory, recorded.run_id, names)
 
 
@@ -272,6 +300,18 @@ def is_local(executor: str) -> bool:
     return executor.partition(":")[0] == "local"
 
 
-def process_alive(host: str, pid: int) -> bool:
-    """Whether a process that wrote a record still runs, as far as this host can tell."""
-    return host == os.uname().nodename and Path(f"/proc/{pid}").exists()
+def process_alive(about: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a record still runs, as far as this host can tell: no zombie, and no other of that number."""
+    if about.get("host") != os.uname().nodename or not about.get("pid"):
+        return False
+    state, started = process_stat(int(about["pid"]))
+    return state not in ("", "Z") and about.get("started") in (None, started)
+
+
+def process_stat(pid: int) -> tuple[str, int]:
+    """State and start time (clock ticks since boot) of a process; ("", 0) when there is none (proc(5), /proc/pid/stat)."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return words[0], int(words[19])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mimo_jobs.pipeline import Plan
+from mimo_jobs.pipeline import Plan, process_stat
 from mimo_jobs.records import RunRecord, write_json
 
 PACKAGES = ("mimo_jobs", "recipes", "launchers")
@@ -93,4 +93,10 @@ def describe(run: RunRecord, plan: Plan, recipe: Any, ship: bool) -> None:
 
 def who() -> dict[str, Any]:
     """The process that writes a record."""
-    return {"host": os.uname().nodename, "pid": os.getpid(), "user": os.environ.get("USER") or "", "uid": os.getuid()}
+    return {
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "user": os.environ.get("USER") or "",
+        "uid": os.getuid(),
+        "started": process_stat(os.getpid())[1],
+    }

@@ -14,10 +14,13 @@ RUN/
 No path inside a record is needed to read it, so a record may be moved.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from mimo_jobs.errors import UserError, did_you_mean
 SCHEMA = 2
 RUN = "RUN.json"
 EVENTS = "events.jsonl"
+LOCK = ".lock"
+SHORTEST = 4  # characters of an id's beginning: a slip of the finger must not name a run to cancel
 
 # States of a step. The first three are active; ``waiting`` steps are not with Slurm yet, or wait for the step before.
 ENDED = ("done", "skipped", "failed", "cancelled")
@@ -65,6 +70,7 @@ class StepState:
     exit_code: int = 0
     last: float = 0.0
     title: str = ""
+    after: int | None = None
     ran: bool = False
     known_jobs: frozenset[int] = frozenset()
 
@@ -103,7 +109,7 @@ class StepRecord:
                 event = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(event, dict) and "event" in event:
+            if isinstance(event, dict) and _is_event(event):
                 found.append(event)
         return found
 
@@ -118,6 +124,16 @@ class StepRecord:
         """What the job returned; empty when it did not succeed."""
         result = read_json(self.directory / "result.json") or {}
         return result.get("summary") or {} if result.get("status") == "ok" else {}
+
+
+def _is_event(event: Mapping[str, Any]) -> bool:
+    """Whether a line is what `StepRecord.add` writes: a disk or a hand may have damaged it."""
+    numbers = [event.get(name) for name in ("job_id", "after", "exit_code", "gpus")]
+    return (
+        isinstance(event.get("event"), str)
+        and isinstance(event.get("time"), int | float)
+        and all(n is None or isinstance(n, int) for n in numbers)
+    )
 
 
 def add_line(path: Path, line: str) -> None:
@@ -137,7 +153,7 @@ def folded(events: Iterable[Mapping[str, Any]]) -> StepState:
     """The state that a step's events lead to."""
     state = StepState()
     for event in events:
-        kind, at = event["event"], float(event.get("time") or 0.0)
+        kind, at = event["event"], event["time"]
         state.last = at
         if kind not in _AFTER or (event.get("seen_by") and state.state in ENDED):
             continue  # what others concluded does not count against the step's own word
@@ -155,8 +171,10 @@ def folded(events: Iterable[Mapping[str, Any]]) -> StepState:
                 0,
             )
         if event.get("job_id") is not None:
-            state.job_id = int(event["job_id"])
-            state.known_jobs |= {state.job_id}
+            state.job_id = event["job_id"]
+            state.known_jobs |= {event["job_id"]}
+        if kind == "submitted":
+            state.after = event.get("after")
         if kind == "started":
             state.started, state.ended, state.nodes = at, None, str(event.get("nodes") or "")
             state.gpus = int(event.get("gpus") or 0)
@@ -236,6 +254,9 @@ def load(root: Path) -> RunRecord:
             StepRecord(s["name"], s["job"], s["arguments"], (root / s["directory"]).resolve(), step_run_id(run_id, i + 1, len(text["steps"])))
             for i, s in enumerate(text["steps"])
         ]  # fmt: skip
+        for step in steps:
+            if not isinstance(step.arguments, dict) or not isinstance(step.name, str) or not isinstance(step.job, str):
+                raise TypeError(step)
     except (KeyError, TypeError) as error:
         raise UserError(f"{root / RUN}: damaged: {error!r}") from None
     return RunRecord(root, steps, about)
@@ -246,12 +267,40 @@ def step_run_id(run_id: str, number: int, count: int) -> str:
     return run_id if count == 1 else f"{run_id}-{number}"
 
 
+@contextlib.contextmanager
+def locked(run: RunRecord) -> Iterator[None]:
+    """One command at a time that changes a run. Where the filesystem has no locks, none is held.
+
+    Raises:
+        UserError: another command is at it.
+    """
+    descriptor = os.open(run.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{run.run_id}: another nemo-run is changing it (resume or cancel); wait for it, then try again"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def find(name: str, home: Path) -> RunRecord:
     """The run of an id, of the beginning of one, of ``latest``, or of a directory.
 
     Raises:
         UserError: none, or several.
     """
+    if not name:
+        raise UserError("an empty run id; nemo-run list shows them")
+    if len(os.fsencode(name)) > 255 and os.sep not in name:
+        raise UserError(f"no run {name[:40]!r}...; nemo-run list shows them")
     if os.sep in name or name in (".", "..") or (not (home / "runs" / name).is_dir() and (Path(name) / RUN).is_file()):
         return load(Path(name).absolute())
     runs = home / "runs"
@@ -263,7 +312,7 @@ def find(name: str, home: Path) -> RunRecord:
     if (runs / name / RUN).is_file():
         return load(runs / name)
     known = [p.name for p in all_runs(home)]
-    fitting = [n for n in known if n.startswith(name)]
+    fitting = [n for n in known if n.startswith(name)] if len(name) >= SHORTEST else []
     if len(fitting) == 1:
         return load(runs / fitting[0])
     if fitting:

@@ -14,7 +14,7 @@ from mimo_jobs import pipeline, records
 from mimo_jobs.console import Steps, size
 from mimo_jobs.errors import UserError
 from mimo_jobs.pipeline import IN_PROCESS, Plan, Planned, Step
-from mimo_jobs.records import RunRecord, StepRecord
+from mimo_jobs.records import SUCCEEDED, RunRecord, StepRecord
 
 END_SECONDS = 30.0
 
@@ -34,7 +34,8 @@ def run_chain(plan: Plan, run: RunRecord, view: Steps) -> dict[str, dict[str, An
         make_record(recorded.directory)
         name = planned.step.name
         if planned.skip:
-            recorded.add("skipped", reason=planned.why)
+            if recorded.state().state not in SUCCEEDED:
+                recorded.add("skipped", reason=planned.why)
             view.skipped(name, planned.why)
             continue
         with view.step(name) as shown:
@@ -44,6 +45,7 @@ def run_chain(plan: Plan, run: RunRecord, view: Steps) -> dict[str, dict[str, An
             try:
                 if planned.preflight is None and planned is not plan.steps[0]:
                     check_again(planned.step)
+                _check_replaced(planned)
                 here = planned.step.job in IN_PROCESS
                 summary = (
                     _run_here(planned.step, recorded, shown.watch) if here else _launch(planned, recorded, shown.watch)
@@ -56,11 +58,28 @@ def run_chain(plan: Plan, run: RunRecord, view: Steps) -> dict[str, dict[str, An
                 recorded.add("failed", reason=str(error), exit_code=error.exit_code)
                 tell(recorded)
                 raise
+            except Exception as error:  # a full disk, a defect: the record must say so
+                recorded.add("failed", reason=f"{type(error).__name__}: {error}", exit_code=1)
+                tell(recorded)
+                raise
             recorded.add("done")
             tell(recorded)
             summaries[name] = summary
             shown.done(told(planned.step, summary))
     return summaries
+
+
+def _check_replaced(planned: Planned) -> None:
+    from mimo_jobs.conversion import identity
+
+    place = identity.place_of(planned.step.job, planned.step.arguments)
+    if (
+        planned.replaces is not None
+        and place is not None
+        and place.exists()
+        and identity.revision(planned.step.job, place) != planned.replaces
+    ):
+        raise UserError(f"{planned.step.name}: {identity.CHANGED.format(place)}")
 
 
 def check_again(step: Step) -> None:
@@ -127,22 +146,13 @@ def cancel(run: RunRecord) -> str:
         return "nothing of it runs"
     if host != os.uname().nodename:
         raise UserError(f"{run.run_id} runs on {host}; run `nemo-run cancel {run.run_id}` there")
-    if not _is_ours(pid):
+    if not pipeline.process_alive(run.about):
         active[-1].add("cancelled", reason=f"process {pid}, which ran it, is gone", exit_code=1)
         return f"process {pid}, which ran it, was gone already"
     os.kill(pid, signal.SIGINT)
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
-        if not _is_ours(pid):
+        if not pipeline.process_alive(run.about):
             return "interrupted"
         time.sleep(0.1)
     raise UserError(f"process {pid} did not end within {END_SECONDS:g} s of its interruption; kill -9 {pid} ends it")
-
-
-def _is_ours(pid: int) -> bool:
-    """Whether the process still is a ``nemo-run``: a pid may have been given to another."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"nemo" in words or b"mimo_jobs" in words

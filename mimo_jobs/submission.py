@@ -5,12 +5,13 @@ is continued by `submit` on the same record, and a job whose id was lost is foun
 """
 
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import slurm, slurm_commands
+from launchers import profiles, slurm, slurm_commands
 from launchers.base import SLURM_PATH, make_record
 from launchers.profiles import Profile
 from launchers.slurm import Request
@@ -77,6 +78,13 @@ def prepare(plan: Plan, profile: Profile, *, need_slurm: bool) -> Submission:
         for note in _placement_notes(planned, placed, asked, profile):
             plan.notes.append(f"{step.name}: {note}" if len(plan.steps) > 1 else note)
     _check_memory(plan, profile)
+    if not os.access(slurm.interpreter(profile), os.X_OK):
+        plan.warnings.append(
+            f"{slurm.interpreter(profile)} is not there, on this host at least: executor.venv={profile.venv}"
+        )
+    hook = profiles.hook_words(profile.on_finish or "")
+    if hook and shutil.which(hook[0]) is None:
+        plan.warnings.append(f"executor.on_finish={profile.on_finish}: there is no command {hook[0]} on this host")
     if profile.code == "installed" and (dirty := provenance.code_state().get("dirty")):
         plan.warnings.append(
             f"{len(dirty)} files of this code are not committed (e.g. {dirty[0]}) and would not be shipped: executor.code=installed"
@@ -219,10 +227,18 @@ def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | 
                 recorded.add("skipped", reason=planned.why)
             continue
         base = submission.requests[name]
-        title = f"mimo:{run.run_id}.{name}"
-        asked = Request(title, base.placement, base.gpus, base.cpus, base.partition, after)
-        script = slurm.write(pipeline.job_of(planned, recorded, SLURM_PATH), name, run.run_id, asked, profile, code)
-        recorded.add("submitting", title=title, **({"reason": planned.why} if planned.why else {}))
+        if recorded.state().title and (
+            lost := slurm_commands.find(title(run, name), users(run))
+        ):  # an answer that was not heard
+            recorded.add("submitted", job_id=lost, after=after)
+            queued[name] = after = lost
+            continue
+        named = title(run, name)
+        asked = Request(named, base.placement, base.gpus, base.cpus, base.partition, after)
+        script = slurm.write(
+            pipeline.job_of(planned, recorded, SLURM_PATH), name, run.run_id, asked, profile, code, planned.replaces
+        )
+        recorded.add("submitting", title=named, **({"reason": planned.why} if planned.why else {}))
         try:
             after = slurm_commands.submit(str(script))
         except SlurmSilent as error:  # it may be queued: then it is found by its title
@@ -239,6 +255,16 @@ def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | 
         recorded.add("submitted", job_id=after, after=asked.after)
         queued[name] = after
     return queued
+
+
+def title(run: RunRecord, step: str) -> str:
+    """What squeue shows of a step's job; no two runs share it."""
+    return f"mimo:{run.run_id}.{step}"
+
+
+def users(run: RunRecord) -> list[str]:
+    """Whose jobs a run's are, for squeue; empty for ours."""
+    return [str(run.about["uid"])] if "uid" in run.about else []
 
 
 def start(submission: Submission, run: RunRecord, recipe: Any) -> dict[str, int]:
@@ -258,5 +284,5 @@ def about(profile: Profile | None, words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"command": words, "directory": os.getcwd(), **provenance.who()}
     found |= {"versions": provenance.versions(), "code": provenance.code_state()}
     if profile is not None:
-        found["profile"] = profile.plain()
+        found |= {"profile": profile.plain(), "cluster": slurm_commands.cluster_name()}
     return found

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -31,6 +32,7 @@ from mimo_jobs.layout import ResolvedLayout
 
 SCHEMA = 1
 PATIENCE_SECONDS = 1.0
+OWNER_SECONDS = 1.0
 STALE_SECONDS = 3.0  # ranks of one attempt start closer together than this, a repetition by hand comes later
 KEYS = {"schema": int, "job": str, "run_id": str, "world_size": int, "record": str, "arguments": dict}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGUSR1, _interrupt)  # Slurm's word that the time limit is near
         _end_with_torchrun()
+        _end_with_owner()
         if len(arguments) != 1:
             raise UsageError("usage: python -m mimo_jobs.worker JOB.json")
         job = read_job(Path(arguments[0]))
@@ -129,6 +132,20 @@ def _end_with_torchrun() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():  # in a container torchrun may be 1
         raise KeyboardInterrupt  # it died before the call above
+
+
+def _end_with_owner() -> None:
+    """Have this rank interrupted when the command that runs it is gone: torchrun would go on without anybody to hear of it."""
+    owner = int(os.environ.get("MIMO_JOBS_OWNER") or 0)
+    if not owner:
+        return
+
+    def watch() -> None:
+        while Path(f"/proc/{owner}").exists():
+            time.sleep(OWNER_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _world(file: str, job: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from mimo_jobs.weights.json_files import read_bytes, read_object
 from mimo_jobs.weights.safetensors_io import HfCheckpoint, open_hf
 
 Identity = dict[str, Any]
+CHANGED = "{} is not what it was when this run was planned; it was left as it is: run the pipeline again, which looks at it anew"
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -110,6 +111,12 @@ def is_ours(job: str, place: Path) -> bool:
             return b'"kind": "verify"' in place.read_bytes()[:200]
         return False
     return (place / {"import_hf": MANIFEST_NAME, "export_hf": PARITY_NAME}[job]).is_file()
+
+
+def revision(job: str, place: Path) -> str:
+    """A digest of the manifest of an output, damaged or not; empty when it has none."""
+    manifest = {"import_hf": place / MANIFEST_NAME, "export_hf": place / PARITY_NAME}.get(job, place)
+    return file_digest(manifest.read_bytes()) if manifest.is_file() else ""
 
 
 def expected(job: str, arguments: Mapping[str, Any], earlier: Mapping[str, Identity]) -> Identity | None:

@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 
 from mimo_jobs.conversion import journal
 from mimo_jobs.errors import UsageError, UserError
 
 _OWNER = ".owner.json"
+OWNER_SECONDS = 15.0
 _CHECKPOINT_FILES = ("mimo.json", "model.safetensors.index.json", "model.safetensors")
 MAX_NAME = 180  # bytes; the name of the staging directory, with its run id, is at most 255 (ext4, xfs, NFS, Lustre)
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
@@ -59,7 +61,8 @@ def check_space(target: Path, needed: int, staging: Path | None = None) -> int:
     if staging is not None and staging.is_dir():
         free += sum(p.stat().st_blocks * 512 for p in staging.iterdir())
     if needed > free:
-        raise UserError(f"{target}: needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free")
+        unit, name = (1e9, "GB") if needed > 1e8 else (1e6, "MB")
+        raise UserError(f"{target}: needs {needed / unit:.3g} {name}, but {parent} has {free / unit:.3g} {name} free")
     return free
 
 
@@ -76,6 +79,7 @@ def open_staging(target: Path, run_id: str, plan: str) -> bool:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = staging_of(target, run_id)
+    _wait_for_owner(staging)
     resumed = journal.belongs(staging, plan)
     for old in target.parent.glob(f".{_escaped(target.name)}.partial-*"):
         if not resumed if old.name == staging.name else _abandoned(old):
@@ -83,6 +87,28 @@ def open_staging(target: Path, run_id: str, plan: str) -> bool:
     staging.mkdir(exist_ok=resumed)
     (staging / _OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     return resumed
+
+
+def _wait_for_owner(staging: Path) -> None:
+    """Ranks of an attempt that was killed may still be ending. Raises `UserError` when they do not."""
+    deadline = time.monotonic() + OWNER_SECONDS
+    while (owner := _live_owner(staging)) is not None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{staging}: process {owner} of an earlier attempt still writes there; end it, then try again"
+            )
+        time.sleep(0.2)
+
+
+def _live_owner(staging: Path) -> int | None:
+    """The rank on this host that writes there now, other than this one."""
+    try:
+        owner = json.loads((staging / _OWNER).read_text())
+        words = Path(f"/proc/{int(owner['pid'])}/cmdline").read_bytes()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    same = owner.get("host") == socket.gethostname() and b"mimo_jobs.worker" in words and owner["pid"] != os.getpid()
+    return int(owner["pid"]) if same else None
 
 
 def remove_staging(target: Path, run_id: str) -> None:

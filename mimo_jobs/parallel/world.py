@@ -190,7 +190,7 @@ class World:
                 self._arrived.notify_all()
 
     def _send(self, rank: int, message: dict) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, KeyError):  # gone, or not come yet
             self._peers[rank].sendall(_line(message))
 
     def _fail(self, rank: int, message: str) -> None:

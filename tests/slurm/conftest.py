@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hf_files import config_of, make_hf
 from tests.slurm.cluster import Cluster, missing
 
 
@@ -30,6 +31,21 @@ def cluster(tmp_path_factory):
             del os.environ["SLURM_CONF"]
         else:
             os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, cluster):
+    """Where the test's records go; its working directory and profiles are its own too."""
+    monkeypatch.setenv("MIMO_JOBS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small Hugging Face checkpoint."""
+    return make_hf(tmp_path_factory.mktemp("model") / "hf", config_of())
 
 
 @pytest.fixture(autouse=True)

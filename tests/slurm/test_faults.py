@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mimo_jobs import records
-from tests.hf_files import config_of, make_hf
 from tests.slurm.runs import (
     NEMO_RUN,
     SMALL,
@@ -28,19 +27,6 @@ from tests.slurm.runs import (
     wait_until,
     wait_writing,
 )
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch, cluster):
-    monkeypatch.setenv("MIMO_JOBS_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_hf(tmp_path_factory.mktemp("model") / "hf", config_of())
 
 
 def slow_pipeline(home, model, tmp_path, seconds, *more):

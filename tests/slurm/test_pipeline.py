@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from mimo_jobs import records
-from tests.hf_files import config_of, make_hf
 from tests.slurm.runs import (
     SMALL,
     nemo_run,
@@ -25,19 +24,6 @@ from tests.slurm.runs import (
 )
 
 NASTY = "a b'c\"d $(touch pwned) `touch pwned` ;\n{e} %s"
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch, cluster):
-    monkeypatch.setenv("MIMO_JOBS_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_hf(tmp_path_factory.mktemp("model") / "hf", config_of())
 
 
 def pipeline(model, tmp_path, *more):

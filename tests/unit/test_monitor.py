@@ -311,10 +311,12 @@ def test_status_of_all_passes_over_damaged_records(home, cluster, capsys):
 
 def test_cancel_ends_dependents_first_and_writes_down_those_that_never_ran(home, cluster, capsys):
     run = make_run(home, "r", ("import", "export", "verify"))
-    tell(run.steps[0], *STARTED)
-    tell(run.steps[1], "submitted job_id=8")
-    tell(run.steps[2], "submitted job_id=9")
-    cluster.queue = [job(7, "RUNNING"), job(8, "PENDING"), job(9, "PENDING")]
+    titles = [f"mimo:r.{s.name}" for s in run.steps]
+    tell(run.steps[0], f"submitting title={titles[0]}", "submitted job_id=7", "started job_id=7")
+    tell(run.steps[1], f"submitting title={titles[1]}", "submitted job_id=8")
+    tell(run.steps[2], f"submitting title={titles[2]}", "submitted job_id=9")
+    cluster.queue = [job(7 + i, "PENDING" if i else "RUNNING", name=t) for i, t in enumerate(titles)]
+    cluster.queue.append(job(10, "RUNNING", name="another"))
     commands.cancel("r")
     assert (
         cluster.cancelled == [9, 8, 7]
@@ -325,7 +327,7 @@ def test_cancel_ends_dependents_first_and_writes_down_those_that_never_ran(home,
         "cancelled",
         "cancelled",
     ]  # a running one has its own last word
-    cluster.queue = [job(7, "CANCELLED")]
+    cluster.queue = [job(7, "CANCELLED", name=titles[0])]
     assert monitor.look([run])[0].state == "cancelled"
     commands.cancel("r")
     assert "nothing of it is queued or runs" in capsys.readouterr().out

@@ -56,7 +56,7 @@ class Chain:
 
     def run(self, plan: Plan) -> None:
         for planned in plan.to_run:
-            a = dict(planned.step.arguments)
+            a = dict(planned.job_step.arguments)
             if planned.step.job == "verify":
                 certify(a["left"], a["right"], Path(a["certificate"]), None, a["dtype"], a["mtp"])
                 continue
@@ -90,7 +90,7 @@ def chain(finished, tmp_path):
 
 def decided(plan: Plan) -> str:
     """``s`` for a step that is skipped, ``o`` for one that overwrites, ``r`` for one that simply runs."""
-    return "".join("s" if p.skip else "o" if p.step.arguments.get("overwrite") else "r" for p in plan.steps)
+    return "".join("s" if p.skip else "o" if p.job_step.arguments.get("overwrite") else "r" for p in plan.steps)
 
 
 def edit(path: Path, text: str) -> None:
@@ -102,11 +102,10 @@ CHANGES = {  # what -> (change, decisions, reason of the first step that runs)
     "another layout": (lambda c: c.changed.update({n: {"layout": as_layout(STAGES)} for n in ("import", "export")}), "sss", ""),
     "overwrite alone": (lambda c: c.changed["import"].update(overwrite=True), "sss", ""),
     "fsync": (lambda c: c.changed["export"].update(fsync=True), "sss", ""),
-    "dtype by another name": (lambda c: c.changed["import"].update(dtype="bf16"), "oor", "dtype was none, now BF16"),
-    "dtype of the export": (lambda c: c.changed["export"].update(dtype="fp32"), "sor", "dtype was none, now F32"),
-    "mtp": (lambda c: c.changed["export"].update(mtp="drop"), "sor", "mtp was keep, now drop"),
+    "dtype by another name": (lambda c: (c.changed["import"].update(dtype="bf16"), c.changed["verify"].update(dtype="bf16")), "oor", "dtype was none, now BF16"),
+    "dtype of the export": (lambda c: (c.changed["export"].update(dtype="fp32"), c.changed["verify"].update(dtype="fp32")), "sor", "dtype was none, now F32"),
+    "mtp": (lambda c: (c.changed["export"].update(mtp="drop"), c.changed["verify"].update(mtp="drop")), "sor", "mtp was keep, now drop"),
     "verify=false": (lambda c: c.changed["export"].update(verify=False), "sor", "verify was true, now false"),
-    "dtype of the verify": (lambda c: c.changed["verify"].update(dtype="fp16"), "ssr", "dtype was none, now F16"),
     "the source touched": (lambda c: os.utime(next(c.base.glob("hf/*.safetensors"))), "oor", "the source changed"),
     "the source's tokenizer": (lambda c: edit(c.base / "hf/tokenizer.json", "{}"), "oor", "the source changed"),
     "a file more in the source": (lambda c: edit(c.base / "hf/LICENSE", "x"), "oor", "the source changed"),
@@ -131,7 +130,11 @@ def test_a_step_runs_again_when_what_it_would_make_is_not_what_is_there(chain, w
     assert decided(plan) == expected
     first = next((p for p in plan.steps if not p.skip), None)
     assert first is None or reason in first.why, first.why
-    assert all(p.why for p in plan.steps if p.skip or p.step.arguments.get("overwrite"))
+    assert all(p.why for p in plan.steps if p.skip or p.replaces)
+    typed = any(c.get("overwrite") for c in chain.changed.values())
+    assert typed or not any(p.step.arguments.get("overwrite") for p in plan.steps), (
+        "leave to replace is not what was typed"
+    )
 
 
 @pytest.mark.parametrize("what", ["dtype of the export", "the source touched", "a truncated shard", "no certificate"])
@@ -141,6 +144,32 @@ def test_after_what_was_decided_has_run_there_is_nothing_to_do(chain, what):
         chain.changed["verify"]["dtype"] = "fp32"
     chain.run(chain.plan())
     assert decided(chain.plan()) == "sss"
+
+
+@pytest.mark.parametrize(
+    ("step", "field", "value", "said"),
+    [
+        ("verify", "dtype", "fp16", "verify.dtype=fp16, but import.dtype=none"),
+        ("import", "dtype", "bf16", "verify.dtype=none, but import.dtype=bf16.*set dtype=bf16 for the whole chain"),
+        ("export", "mtp", "drop", "verify.mtp=keep, but export.mtp=drop"),
+    ],
+)
+def test_a_verify_that_could_only_fail_is_refused_before_anything_runs(chain, step, field, value, said):
+    chain.changed[step][field] = value
+    with pytest.raises(UsageError, match=said):
+        chain.plan()
+
+
+def test_leave_to_replace_an_old_output_does_not_outlive_it(chain):
+    """What the record keeps is what the user typed: a later resume must ask again before it replaces what lies there by then."""
+    os.utime(next(chain.base.glob("hf/*.safetensors")))
+    plan = chain.plan()
+    assert plan.steps[0].replaces and plan.steps[0].job_step.arguments["overwrite"] is True
+    run = pipeline.record_at(chain.base / "r", "r-1", plan, "slurm", {})
+    assert run.steps[0].arguments["overwrite"] is False
+    (chain.base / "w/mimo" / MANIFEST_NAME).unlink()
+    with pytest.raises(UserError, match="not from this pipeline"):
+        pipeline.make_plan("p", [pipeline.step_of(s) for s in run.steps], True)
 
 
 @pytest.mark.parametrize("name", ["mimo", "out"])

@@ -343,7 +343,7 @@ def sbatch(tmp_path, monkeypatch):
 
 def queued(chain: Chain, profile: dict | None = None):
     """Submit the chain; its record, also when that failed."""
-    made = from_plain(profile or {"venv": "/venv"}, {})
+    made = from_plain(profile or {"venv": sys.prefix}, {})
     plan = chain.plan()
     asked = submission.prepare(plan, made, need_slurm=True)
     run = pipeline.new_record(plan, "slurm", submission.about(made, []))
@@ -377,7 +377,7 @@ def test_a_submission_that_is_refused_half_way_is_continued_by_resume(chain, sba
     assert isinstance(error, UserError) and f"nemo-run resume {run.run_id}" in str(error)
     assert [s.state().state for s in run.steps] == ["queued"] * at + ["failed"] + ["waiting"] * (2 - at)
     pending = {100 + n: slurm_commands.QueuedJob(100 + n, "PENDING") for n in range(1, at + 1)}
-    monkeypatch.setattr(slurm_commands, "queue", lambda seconds=5.0: pending)
+    monkeypatch.setattr(slurm_commands, "queue", lambda users=(), seconds=5.0: pending)
     commands.resume(run.run_id, {}, force=False)
     assert [s.state().job_id for s in run.steps] == [101, 102, 103] and dependencies(sbatch) == [None, "101", "102"]
     assert monitor.look([run])[0].state == "queued"
@@ -390,7 +390,7 @@ def test_a_submission_that_is_interrupted_leaves_a_title_to_find_the_job_by(chai
     state = run.steps[1].state()
     assert (state.state, state.job_id, state.title) == ("queued", None, f"mimo:{run.run_id}.export")
     found = {101: slurm_commands.QueuedJob(101, "RUNNING"), 7: slurm_commands.QueuedJob(7, "PENDING", state.title)}
-    monkeypatch.setattr(slurm_commands, "queue", lambda seconds=5.0: found)
+    monkeypatch.setattr(slurm_commands, "queue", lambda users=(), seconds=5.0: found)
     commands.resume(run.run_id, {}, force=False)
     assert (
         dependencies(sbatch) == [None, "7"] and run.steps[2].state().job_id == 102
