@@ -175,9 +175,10 @@ def cancel_named(names: Collection[str], users: Iterable[str] = ()) -> list[int]
     return ids
 
 
-def find(name: str, users: Iterable[str] = ()) -> int | None:
-    """The active job of this name, None without one."""
-    return max((j.job_id for j in queue(users).values() if j.active and j.name == name), default=None)
+def find(name: str, users: Iterable[str] = (), known: Collection[int] = ()) -> int | None:
+    """The active job of this name that is not among the known ones, None without one."""
+    ids = (j.job_id for j in queue(users).values() if j.active and j.name == name and j.job_id not in known)
+    return max(ids, default=None)
 
 
 def steps(job_id: int) -> list[str]:

@@ -41,7 +41,8 @@ SETTLE_SECONDS = 2.0  # after a rank died, the time that Slurm has to say that i
 REQUEUE_ATTEMPTS = 5
 MOST_IDLE_REQUEUES = 3  # time limits in a row that a step may reach without having come further
 RESULTS = ("result.json", "progress.json")
-HANGING_SECONDS = 60  # after a result, the time that srun has to notice that the ranks are gone
+ENDING_SECONDS = 15  # and Slurm to end a step that is killed
+HANGING_SECONDS = 30  # after a result, the time that srun has to notice that the ranks are gone
 STEP_CANCELLED = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED")
 NODE_FAILED = re.compile(r"Node failure on|DUE TO NODE FAILURE|NODE FAIL", re.IGNORECASE)
 KILLED = re.compile(
@@ -162,7 +163,7 @@ class Step:
 
     def _end_ranks(self) -> None:
         """End every step of this job that srun started, and wait until Slurm says that it has."""
-        deadline = time.monotonic() + HANGING_SECONDS
+        deadline = time.monotonic() + ENDING_SECONDS
         with contextlib.suppress(SlurmError):
             while (left := slurm_commands.steps(self.job_id)) and time.monotonic() < deadline:
                 slurm_commands.end_steps(left)

@@ -21,7 +21,7 @@ from mimo_jobs.console import size
 from mimo_jobs.errors import UserError
 from mimo_jobs.pipeline import USE_GPUS, Plan, Planned
 from mimo_jobs.placement import Placement
-from mimo_jobs.records import RunRecord
+from mimo_jobs.records import RunRecord, StepRecord
 
 # Memory of GPUs by the name that vendors sell them under, GB (nvidia.com data sheets).
 GPU_MEMORY = {"A100-40GB": 40, "A100": 80, "A100-80GB": 80, "H100": 80, "H100-NVL": 94, "H200": 141, "H20": 96, "B200": 180, "B300": 288,
@@ -227,9 +227,7 @@ def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | 
                 recorded.add("skipped", reason=planned.why)
             continue
         base = submission.requests[name]
-        if recorded.state().title and (
-            lost := slurm_commands.find(title(run, name), users(run))
-        ):  # an answer that was not heard
+        if (lost := _lost_job(run, recorded)) is not None:
             recorded.add("submitted", job_id=lost, after=after)
             queued[name] = after = lost
             continue
@@ -255,6 +253,14 @@ def submit(submission: Submission, run: RunRecord, running: Mapping[str, int] | 
         recorded.add("submitted", job_id=after, after=asked.after)
         queued[name] = after
     return queued
+
+
+def _lost_job(run: RunRecord, step: StepRecord) -> int | None:
+    """The job of a step whose sbatch was not heard to the end, if there is one."""
+    state = step.state()
+    if state.state != "queued" or state.job_id is not None:
+        return None
+    return slurm_commands.find(title(run, step.name), users(run), state.known_jobs)
 
 
 def title(run: RunRecord, step: str) -> str:

@@ -79,17 +79,18 @@ def wait_for(run: RunRecord, *expected: str, seconds: float = 60) -> list[str]:
     return found
 
 
-def wait_until(condition: Any, seconds: float = 30, what: str = "it") -> None:
+def wait_until(condition: Any, seconds: float = 30, what: "str | RunRecord" = "it") -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what if isinstance(what, str) else told(what)}")
         time.sleep(0.1)
 
 
 def wait_writing(run: RunRecord, step: str = "import", seconds: float = 30) -> None:
     """Until ranks of a step are moving bytes."""
     moving = run.step(step)
-    wait_until(lambda: (moving.progress() or {}).get("done", 0) > 0, seconds, f"{step} moving bytes:\n{told(run)}")
+    wait_until(lambda: (moving.progress() or {}).get("done", 0) > 0, seconds, run)
 
 
 def ranks(run: RunRecord, step: str) -> list[int]:

@@ -100,7 +100,7 @@ def test_a_node_that_dies_requeues_the_step_and_the_chain_ends_well(home, model,
     nodes = cluster.run("scontrol", "show", "hostnames", run.step("import").state().nodes).split()
     victim = nodes[0] if host == "batch host" else nodes[-1]
     cluster.kill_node(victim)
-    wait_until(lambda: states(run)[0] in ("queued", "failed", "done"), 40, told(run))
+    wait_until(lambda: states(run)[0] in ("queued", "failed", "done"), 40, run)
     cluster.start_node(victim)
     ended_well(run, model, tmp_path)
     assert kinds(run).count("started") >= 2 or "retry" in kinds(run)
@@ -118,7 +118,7 @@ def test_a_preempted_step_goes_on_where_it_was(home, model, tmp_path, cluster, u
     cluster.reconfigure(preempt_send_user_signal=user_signal)
     run = slow_pipeline(home, model, tmp_path, 0.1)
     cluster.run("sbatch", "--qos=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
-    wait_until(lambda: "requeued" in kinds(run), 40, told(run))
+    wait_until(lambda: "requeued" in kinds(run), 40, run)
     assert states(run)[0] in ("queued", "running")
     ended_well(run, model, tmp_path)
     assert next(e for e in run.step("import").events() if e["event"] == "requeued")["progress"] > 0
@@ -129,7 +129,7 @@ def test_a_time_limit_in_the_middle_of_a_step_requeues_it_until_it_is_through(ho
     run = submit(
         home, f"model={model}", f"workdir={tmp_path}/out", *SMALL, *slowed(tmp_path, 0.15), "executor.time=1", "executor.signal=USR1@50"
     )  # fmt: skip
-    wait_until(lambda: "requeued" in kinds(run), 70, told(run))
+    wait_until(lambda: "requeued" in kinds(run), 70, run)
     event = next(e for e in run.step("import").events() if e["event"] == "requeued")
     assert event["reason"] == "its time limit was near" and event["progress"] > 0
     ended_well(run, model, tmp_path, seconds=150)
@@ -139,7 +139,7 @@ def test_a_step_that_never_gets_further_is_failed_and_says_which_limit(home, mod
     """Slurm's word that the limit is near is sent by hand: waiting for three limits takes minutes."""
     run = submit(home, f"model={model}", f"workdir={tmp_path}/out", *SMALL, *slowed(tmp_path, 100), "executor.time=1")
     for number in range(1, 4):
-        wait_until(lambda n=number: kinds(run).count("started") == n and len(ranks(run, "import")) == 3, 30, told(run))
+        wait_until(lambda n=number: kinds(run).count("started") == n and len(ranks(run, "import")) == 3, 30, run)
         cluster.run("scancel", "--signal=USR1", "--batch", str(run.step("import").state().job_id))
     wait_for(run, "failed", "cancelled", "cancelled", seconds=30)
     expected = "it reached time=1 3 times without coming further; set executor.time to more"

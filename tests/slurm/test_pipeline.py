@@ -17,7 +17,6 @@ from tests.slurm.runs import (
     slowed,
     states,
     submit,
-    told,
     wait_for,
     wait_until,
     wait_writing,
@@ -273,7 +272,7 @@ def test_dry_run_and_status_answer_quickly(home, model, tmp_path):
     )
     run = submit(home, *pipeline(model, tmp_path))
     assert min(seconds("status", run.run_id) for _ in range(3)) < 1
-    wait_until(lambda: states(run) == ["done"] * 3, 60, told(run))
+    wait_until(lambda: states(run) == ["done"] * 3, 60, run)
 
 
 def test_a_job_does_not_take_the_shells_slurm_defaults(home, model, tmp_path):

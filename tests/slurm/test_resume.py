@@ -21,7 +21,6 @@ from tests.slurm.runs import (
     slowed,
     states,
     submit,
-    told,
     wait_for,
     wait_until,
     wait_writing,
@@ -36,7 +35,7 @@ def slow_pipeline(home, model, tmp_path, seconds, *more):
 
 def ended_well(run, model, tmp_path, seconds=90):
     hurry(tmp_path)
-    wait_until(lambda: set(states(run)) <= {"done", "skipped"}, seconds, told(run))
+    wait_until(lambda: set(states(run)) <= {"done", "skipped"}, seconds, run)
     assert same_files(model, tmp_path / "out" / "hf")
     assert not list((tmp_path / "out").glob(".*partial*"))
 
@@ -61,7 +60,7 @@ def processes(*words: bytes) -> list[int]:
 def test_cancel_and_resume_at_once(home, model, tmp_path, cluster):
     run = slow_pipeline(home, model, tmp_path, 0.2)
     nemo_run("cancel", run.run_id)
-    said = nemo_run("resume", run.run_id).stdout
+    said = nemo_run("resume", run.run_id, "--force").stdout
     assert "import queued as job" in said and "verify queued as job" in said
     ended_well(run, model, tmp_path)
 
@@ -72,7 +71,9 @@ def test_resumes_at_once_queue_every_step_once(home, model, tmp_path, cluster):
     wait_for(run, "cancelled", "cancelled", "cancelled", seconds=20)
     before = len(queued_jobs(run, cluster))
     several = [
-        subprocess.Popen([NEMO_RUN, "resume", run.run_id], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [NEMO_RUN, "resume", run.run_id, "--force"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for _ in range(3)
     ]
     said = [p.communicate(timeout=90)[0] for p in several]
@@ -111,7 +112,7 @@ print("sbatch: error: Batch job submission failed: Socket timed out on send/recv
     assert (
         "import: whether it was queued is not known" in done.stderr and f"nemo-run resume {run.run_id}" in done.stderr
     )
-    nemo_run("resume", run.run_id)
+    nemo_run("resume", run.run_id, "--force")
     ended_well(run, model, tmp_path)
     assert sorted(queued_jobs(run, cluster)) == ["export", "import", "verify"]
 
@@ -120,16 +121,16 @@ def test_a_resume_right_after_all_ranks_were_killed(home, model, tmp_path):
     run = slow_pipeline(home, model, tmp_path, 0.2, "executor.retries=0")
     for pid in ranks(run, "import"):
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: run.step("import").state().state == "failed", 30, told(run))
-    nemo_run("resume", run.run_id)
+    wait_until(lambda: run.step("import").state().state == "failed", 30, run)
+    nemo_run("resume", run.run_id, "--force")
     ended_well(run, model, tmp_path)
 
 
 def test_a_resume_while_the_hook_of_the_failed_step_still_runs(home, model, tmp_path):
     run = slow_pipeline(home, model, tmp_path, 0.2, "executor.retries=0", "on_finish=sleep 5")
     os.kill(ranks(run, "import")[0], signal.SIGKILL)
-    wait_until(lambda: run.step("import").state().state == "failed", 30, told(run))
-    nemo_run("resume", run.run_id)
+    wait_until(lambda: run.step("import").state().state == "failed", 30, run)
+    nemo_run("resume", run.run_id, "--force")
     ended_well(run, model, tmp_path)
 
 
@@ -177,7 +178,7 @@ def test_losing_other_nodes_again_and_again_is_counted(home, model, tmp_path, cl
     wait_writing(run)
     victim = cluster.run("scontrol", "show", "hostnames", run.step("import").state().nodes).split()[-1]
     cluster.kill_node(victim)
-    wait_until(lambda: states(run)[0] in ("queued", "failed"), 40, told(run))
+    wait_until(lambda: states(run)[0] in ("queued", "failed"), 40, run)
     cluster.start_node(victim)
     wait_for(run, "failed", "cancelled", "cancelled", seconds=60)
     assert "its nodes failed 1 times (retries=0)" in seen(run, "import").state.reason
