@@ -1,6 +1,7 @@
 """Tests against a real Slurm cluster of their own (cluster.py): one for the session, as new before every test."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def short_path():
+    """A directory whose path leaves room for the names of Unix sockets (108 bytes, unix(7)), wherever pytest keeps its own."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as place:
+        yield Path(place)
+
+
+@pytest.fixture(scope="session")
+def cluster(short_path):
     if reason := missing():
         pytest.skip(reason)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm")).start()
+    cluster = Cluster(short_path / "s").start()
     before = os.environ.get("SLURM_CONF")
     os.environ |= cluster.environment()
     try:

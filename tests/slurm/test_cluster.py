@@ -112,12 +112,12 @@ def test_squeue_forgets_and_sacct_remembers(cluster, sbatch):
     assert cluster.run("sacct", "-nPX", "-j", job, "-o", "state").split() == ["COMPLETED"]
 
 
-def test_the_guard_ends_a_cluster_whose_owner_was_killed(cluster, tmp_path):
+def test_the_guard_ends_a_cluster_whose_owner_was_killed(cluster, short_path):
     code = f"""if True:
         import time
         from pathlib import Path
         from tests.slurm.cluster import Cluster
-        cluster = Cluster(Path({str(tmp_path / "c")!r}), nodes=1).start()
+        cluster = Cluster(Path({str(short_path / "c")!r}), nodes=1).start()
         cluster.run("sbatch", "--output=/dev/null", "--wrap=setsid sleep 301 & sleep 301")
         cluster.wait_state(1, "RUNNING")
         print(cluster._tag, flush=True)

@@ -318,5 +318,5 @@ def test_preflight_says_what_the_job_then_does(tmp_path):
 def test_a_disk_that_is_too_small_is_known_before_the_job(tmp_path, monkeypatch):
     source = make_hf(tmp_path / "hf")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"m: needs 0\.00 GB, but .* has 0\.00 GB free"):
+    with pytest.raises(UserError, match=r"m: needs 0\.735 MB, but .* has 0\.001 MB free"):
         preflight("import_hf", {"model": source, "target": tmp_path / "m", "layout": APART})

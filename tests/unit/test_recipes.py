@@ -286,8 +286,8 @@ def test_a_rank_is_interrupted_when_its_torchrun_is_killed():
     rank = (
         "import signal, time; from mimo_jobs import worker\n"
         "signal.signal(signal.SIGTERM, worker._interrupt)\n"
-        "worker._end_with_torchrun(); print('ready', flush=True)\n"
-        "try: time.sleep(30)\n"
+        "try:\n"
+        "    worker._end_with_torchrun(); print('ready', flush=True); time.sleep(30)\n"
         "except KeyboardInterrupt: print('interrupted')"
     )
     agent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
