@@ -272,6 +272,8 @@ def _queued(plan: "Plan", run: "RunRecord", jobs: Mapping[str, int], options: Op
 
 def _conclude(plan: "Plan", run: "RunRecord", summaries: Mapping[str, dict[str, Any]], as_json: bool) -> int:
     """Say where things are and what to type next; a chain that verified ends with the parity line."""
+    from mimo_jobs import console
+
     certificate = summaries.get("verify")
     if as_json:
         print(json.dumps({"run_id": run.run_id, "record": str(run.root), "steps": summaries}, indent=2, default=str))
@@ -284,14 +286,12 @@ def _conclude(plan: "Plan", run: "RunRecord", summaries: Mapping[str, dict[str, 
     if last.job == "import_hf":
         print(_next(f"{PROGRAM} recipes.qwen35vl_export source={_quoted(places[last.name])} target=DIR"))
     elif last.job == "export_hf":
-        from mimo_jobs import console
-
         print(_next(f"{PROGRAM} verify ORIGINAL_DIR {_quoted(places[last.name])}"))
         console.make().print(console.export_table(summaries[last.name]))
     elif plan.recipe == "quickstart":
         print(_next(f"{PROGRAM} recipes.qwen35vl_pipeline --help"))
     if certificate is not None:
-        print(parity_line(certificate))
+        print(console.parity_line(certificate))
     return 0
 
 
@@ -303,12 +303,6 @@ def _quoted(text: str) -> str:
     import shlex
 
     return shlex.quote(text)
-
-
-def parity_line(certificate: Mapping[str, Any]) -> str:
-    """``parity: 473/473 tensors bit-exact``."""
-    every = certificate["tensors"] + len(certificate["only_left"]) + len(certificate["only_right"])
-    return f"parity: {certificate['bit_exact']}/{every} tensors bit-exact"
 
 
 def _command(name: str, argv: list[str]) -> int:
@@ -454,7 +448,7 @@ def _verify(argv: list[str]) -> int:
         print(json.dumps(certificate, indent=2))
     else:
         console.make().print(console.certificate_table(certificate))
-        print(parity_line(certificate))
+        print(console.parity_line(certificate))
     return 0 if certificate["equal"] else 1
 
 

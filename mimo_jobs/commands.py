@@ -38,6 +38,9 @@ def status(name: str | None, as_json: bool, everything: bool = False, wait: bool
             out = console.make()
             out.print(console.status_table([seen]))
             _print_notes(out, seen)
+            for one in seen.steps:
+                if one.step.job == "verify" and (certificate := one.step.summary()) and one.state.state == "done":
+                    out.print(console.parity_line(certificate))
             if wrong := next((s for s in seen.steps if s.state.state == "failed"), None):
                 out.print(f"{wrong.step.name} failed: {wrong.state.reason}", soft_wrap=True)
                 out.print(

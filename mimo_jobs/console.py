@@ -158,6 +158,12 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     return table
 
 
+def parity_line(certificate: Mapping[str, Any]) -> str:
+    """``parity: 473/473 tensors bit-exact``."""
+    every = certificate["tensors"] + len(certificate["only_left"]) + len(certificate["only_right"])
+    return f"parity: {certificate['bit_exact']}/{every} tensors bit-exact"
+
+
 def export_table(summary: Mapping[str, Any]) -> Table:
     """The parity certificate of an export in words; parity.json beside the weights has every tensor's digest."""
     parity, table = summary["parity"], Table.grid(padding=(0, 2))
