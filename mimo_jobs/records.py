@@ -2,7 +2,7 @@
 
 ```
 RUN/
-  RUN.json         recipe, command line, executor, steps with their arguments, versions, commit      (record.md says more)
+  RUN.json         recipe, command line, executor, steps with their arguments, versions, commit      (docs/slurm.md says more)
   config.json      the resolved configuration: every field of every step
   code/ code.diff  what was shipped, and how it differs from the commit
   1-import/        one directory a step (a run of one step is its own step directory)
@@ -33,11 +33,9 @@ EVENTS = "events.jsonl"
 LOCK = ".lock"
 SHORTEST = 4  # characters of an id's beginning: a slip of the finger must not name a run to cancel
 
-# States of a step. The first three are active; ``waiting`` steps are not with Slurm yet, or wait for the step before.
+# A step is waiting (not with Slurm yet), queued, running, or one of these.
 ENDED = ("done", "skipped", "failed", "cancelled")
-ACTIVE = ("waiting", "queued", "running")
 SUCCEEDED = ("done", "skipped")
-STATES = (*ACTIVE, *SUCCEEDED, "failed", "cancelled")
 _AFTER = {
     "submitting": "queued", "submitted": "queued", "started": "running", "retry": "running", "requeued": "queued", "done": "done",
     "skipped": "skipped", "failed": "failed", "cancelled": "cancelled",

@@ -124,3 +124,18 @@ def same_files(a: Path, b: Path) -> bool:
     return names == sorted(p.name for p in b.glob("*.safetensors")) and all(
         (a / n).read_bytes() == (b / n).read_bytes() for n in names
     )
+
+
+def slow_pipeline(home: Path, model: Path, work: Path, seconds: float, *more: str) -> RunRecord:
+    """A pipeline whose import is moving bytes, slowly, when this returns."""
+    run = submit(home, f"model={model}", f"workdir={work}/out", *SMALL, *slowed(work, seconds), *more)
+    wait_writing(run)
+    return run
+
+
+def ended_well(run: RunRecord, model: Path, work: Path, seconds: float = 90) -> None:
+    """The rest at full speed: every step ends well, the export is the source's bytes, and nothing is left beside it."""
+    hurry(work)
+    wait_until(lambda: set(states(run)) <= {"done", "skipped"}, seconds, run)
+    assert same_files(model, work / "out" / "hf")
+    assert not list((work / "out").glob(".*partial*"))

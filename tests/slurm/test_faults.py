@@ -14,11 +14,11 @@ from mimo_jobs import records
 from tests.slurm.runs import (
     NEMO_RUN,
     SMALL,
-    hurry,
+    ended_well,
     nemo_run,
     ranks,
-    same_files,
     seen,
+    slow_pipeline,
     slowed,
     states,
     submit,
@@ -27,19 +27,6 @@ from tests.slurm.runs import (
     wait_until,
     wait_writing,
 )
-
-
-def slow_pipeline(home, model, tmp_path, seconds, *more):
-    run = submit(home, f"model={model}", f"workdir={tmp_path}/out", *SMALL, *slowed(tmp_path, seconds), *more)
-    wait_writing(run)
-    return run
-
-
-def ended_well(run, model, tmp_path, seconds=90):
-    hurry(tmp_path)
-    wait_for(run, "done", "done", "done", seconds=seconds)
-    assert same_files(model, tmp_path / "out" / "hf")
-    assert not list((tmp_path / "out").glob(".*partial*"))
 
 
 def kinds(run, step="import"):
