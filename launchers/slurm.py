@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import slurm_commands
 from launchers.base import LOGS, Job, RankGroup
-from launchers.profiles import Profile
+from launchers.profiles import Profile, hook_words
 from launchers.slurm_commands import Partition
 from mimo_jobs.errors import UserError, did_you_mean
 from mimo_jobs.placement import Placement
@@ -238,7 +237,7 @@ def write(
         "schema": SCHEMA, "run": run_id, "step": step, "job": job.name, "srun": rank_command(job, asked, profile),
         "node_of_rank": None if placement.contiguous_uniform else [placement.node_of(r) for r in range(job.world_size)],
         "ranks_on_a_node": asked.tasks_per_node, "environment": rank_environment(job, profile, code),
-        "retries": profile.retries, "on_finish": shlex.split(profile.on_finish or ""), "allocated_gpus": asked.allocated_gpus,
+        "retries": profile.retries, "on_finish": hook_words(profile.on_finish or ""), "allocated_gpus": asked.allocated_gpus,
         "time": profile.time, "replaces": replaces,
     }  # fmt: skip
     (job.record / STEP).write_text(json.dumps(text, indent=2) + "\n")
@@ -278,11 +277,6 @@ def explained(error: UserError, profile: Profile, known: Mapping[str, Partition]
                 f"Slurm would refuse executor.{name}={'(not set)' if value is None else value}: {said}{hint}"
             )
     return UserError(f"Slurm would refuse the job: {said}")
-
-
-def known_partitions() -> dict[str, Partition]:
-    """See `slurm_commands.partitions`; its errors are for the caller to show or to ignore."""
-    return slurm_commands.partitions()
 
 
 def choose(known: Mapping[str, Partition], name: str | None) -> Partition | None:

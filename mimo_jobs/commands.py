@@ -104,7 +104,7 @@ def logs(target: str, follow: bool) -> int:
         name, _, step = (head, "", "") if os.sep in head else head.partition(".")
     run = records.find(name, paths.home())
     steps = [run.step(step)] if step else [s for s in run.steps if s.state().state != "waiting"]
-    shown = LogView(sys.stdout, several=True)
+    shown = LogView(sys.stdout)
     found = 0
     while True:
         # The state first: what is written before the end is then read after it.
@@ -146,8 +146,8 @@ def _label(path: Path, directory: Path) -> str:
 class LogView:
     """Prints what files have beyond what was printed of them already, each line with where it is from."""
 
-    def __init__(self, out: TextIO, several: bool) -> None:
-        self.out, self.several = out, several
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
         self.at: dict[Path, int] = {}
 
     def show(self, path: Path, label: str, last: bool) -> None:

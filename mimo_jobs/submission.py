@@ -57,7 +57,7 @@ def prepare(plan: Plan, profile: Profile, *, need_slurm: bool) -> Submission:
     """
     known: Mapping[str, Partition] = {}
     try:
-        known = slurm.known_partitions()
+        known = slurm_commands.partitions()
     except SlurmError as error:
         if need_slurm:
             raise

@@ -284,7 +284,7 @@ def test_a_step_that_a_run_has_not_is_refused_with_the_nearest(home):
 def shown(view_of: list[tuple[str, bytes]]) -> str:
     """What a `LogView` prints of a file that grows: (mode, bytes) after each of which it looks."""
     out, directory = io.StringIO(), view_of
-    view = LogView(out, several=True)
+    view = LogView(out)
     import tempfile
     from pathlib import Path
 
