@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mimo_jobs.pipeline import Plan
     from mimo_jobs.records import RunRecord
 
-SHORT = {"-h": "--help", "-y": "--yes", "-f": "--follow"}
-WITH_VALUE = ("--executor",)
+SHORT = {"-h": "--help", "-y": "--yes", "-f": "--follow", "-o": "--output"}
+WITH_VALUE = ("--executor", "--output")
 DEBUG = "MIMO_JOBS_DEBUG"
 LONGEST = 1000  # characters of a line of an error
 
@@ -127,7 +127,7 @@ def _split(argv: list[str], known: Mapping[str, str]) -> _Line:
             raise UsageError(f"unknown option {name}{did_you_mean(name, known) or '; options: ' + ', '.join(known)}")
         if name in WITH_VALUE:
             value = value if equals else next(words, "")
-            if not value or value.startswith("-"):
+            if not value or (value.startswith("-") and (name, value) != ("--output", "-")):
                 raise UsageError(f"{name} needs a value: {known[name]}")
         elif equals:
             raise UsageError(f"{name} takes no value, got {value!r}")
@@ -343,6 +343,8 @@ def _command(name: str, argv: list[str]) -> int:
             return commands.list_runs(as_json)
         case "logs":
             return commands.logs(rest[0], "--follow" in line.options)
+        case "report":
+            return commands.report(rest[0], line.options.get("--output"))
         case "cancel":
             return commands.cancel(rest[0])
         case "resume":

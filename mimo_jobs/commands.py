@@ -1,4 +1,4 @@
-"""The commands on recorded runs: status, list, logs, cancel, resume, diff. Each prints, and returns an exit code."""
+"""The commands on recorded runs: status, list, logs, report, cancel, resume, diff. Each prints, and returns an exit code."""
 
 import contextlib
 import json
@@ -37,6 +37,8 @@ def status(name: str | None, as_json: bool, everything: bool = False, wait: bool
         else:
             out = console.make()
             out.print(console.status_table([seen]))
+            for line in console.note_lines(seen.steps):
+                out.print(line, soft_wrap=True)
             _print_notes(out, seen)
             for one in seen.steps:
                 if one.step.job == "verify" and (certificate := one.step.summary()) and one.state.state == "done":
@@ -58,6 +60,9 @@ def status(name: str | None, as_json: bool, everything: bool = False, wait: bool
         out.print(f"no runs in {home / 'runs'}", soft_wrap=True)
         return 0
     out.print(console.status_table(shown))
+    for one in shown:
+        for line in console.note_lines(one.steps, f"{one.run.run_id}."):
+            out.print(line, soft_wrap=True)
     for note in dict.fromkeys(n for s in shown for n in s.notes):
         out.print(f"note: {note}", soft_wrap=True)
     if len(shown) < len(seen_runs):
@@ -106,16 +111,21 @@ def logs(target: str, follow: bool) -> int:
     steps = [run.step(step)] if step else [s for s in run.steps if s.state().state != "waiting"]
     shown = LogView(sys.stdout)
     found = 0
+    told = ("", -console.TOLD_SECONDS)
     while True:
         # The state first: what is written before the end is then read after it.
-        active = follow and any(
-            s.state.state in ("queued", "running") for s in monitor.look([run])[0].steps if s.step in steps
-        )
+        seen = monitor.look([run])[0].steps if follow else [monitor.Seen(s, s.state(), "", s.progress()) for s in steps]
+        seen = [s for s in seen if s.step in steps]
+        active = follow and any(s.state.state in ("queued", "running") for s in seen)
         for one in steps:
             files = [p for p in base.logs(one.directory) if not component or _is_of(p, component)]
             found += len(files)
             for path in files:
                 shown.show(path, f"{one.name}/{_label(path, one.directory)}", last=not active)
+        notes = "\n".join(line.plain for line in console.note_lines(seen))
+        if notes and notes != told[0] and time.monotonic() - told[1] >= console.TOLD_SECONDS:
+            told = (notes, time.monotonic())
+            print(notes, file=sys.stderr)
         if not active:
             break
         time.sleep(POLL_SECONDS)
@@ -160,6 +170,19 @@ class LogView:
             for line in whole.decode(errors="replace").splitlines():
                 print(f"{label} | {line}", file=self.out)
             self.out.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------- report
+
+
+def report(name: str, target: str | None) -> int:
+    """Write a run's page and say where it lies; ``-`` prints the page itself."""
+    from mimo_jobs.report import page  # jinja2
+
+    place = page.write(records.find(name, paths.home()), target)
+    if place is not None:
+        print(f"report    {place}")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- cancel

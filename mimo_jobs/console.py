@@ -18,9 +18,10 @@ from mimo_jobs.layout import ResolvedLayout
 from mimo_jobs.placement import Placement, place_ranks
 
 if TYPE_CHECKING:
-    from mimo_jobs.monitor import SeenRun
+    from mimo_jobs.monitor import Seen, SeenRun
 
 GPUS_PER_NODE = 8
+TOLD_SECONDS = 30.0  # between two lines of a step's progress where nothing can be redrawn
 COLOURS = ("green", "blue", "magenta", "yellow")
 
 
@@ -223,6 +224,19 @@ def progress_text(progress: Mapping[str, Any] | None) -> str:
     return f"{progress['phase']} {100 * done // total} % of {amount}"
 
 
+def note_of(progress: Mapping[str, Any] | None) -> str:
+    """What a job says of the moment beside how far it is, such as the loss; on one line, empty when it says nothing."""
+    return " ".join(str((progress or {}).get("note") or "").split())
+
+
+def note_lines(steps: "Sequence[Seen]", run: str = "") -> Iterator[Text]:
+    """``train: 120 of 1000 steps · loss 1.2 · ...`` for every step that runs and says something."""
+    for one in steps:
+        note, progress = note_of(one.progress), one.progress or {}
+        if note and one.state.state == "running":
+            yield Text(f"{run}{one.step.name}: {progress.get('done')} of {progress.get('total')} {progress.get('unit')} · {note}")
+
+
 def status_table(runs: Sequence["SeenRun"]) -> Table:
     """One row a step; with several runs, each one's id above its steps."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
@@ -246,15 +260,21 @@ def watching(console: Console) -> "Iterator[Callable[[SeenRun], None]]":
     """Show a run while it is waited for: a live table on a terminal, elsewhere a line when a step's state changes."""
     if console.is_terminal:
         with Live(console=console, transient=True, refresh_per_second=4) as live:
-            yield lambda seen: live.update(status_table([seen]))
+            yield lambda seen: live.update(Group(status_table([seen]), *note_lines(seen.steps)))
         return
     told: dict[str, str] = {}
+    last = -TOLD_SECONDS
 
     def show(seen: "SeenRun") -> None:
+        nonlocal last
         for one in seen.steps:
             if told.get(one.step.name) != one.state.state:
                 told[one.step.name] = one.state.state
                 console.print(f"  {one.step.name}: {one.state.state}")
+        if time.monotonic() - last >= TOLD_SECONDS:
+            for line in note_lines(seen.steps):
+                console.print("  ", line, sep="", soft_wrap=True)
+                last = time.monotonic()
 
     yield show
 
@@ -306,6 +326,17 @@ class _Elapsed(ProgressColumn):
         return Text(f"{time.monotonic() - task.fields['started']:.0f} s", style="dim")
 
 
+class _Noted(Progress):
+    """Bars, and below them what the step says of the moment, cut at the edge of the terminal."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[Any]:
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(f"  {self.note}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class Steps:
     """Shows the steps of a run as they work. On a terminal a live line each; elsewhere a line when a phase changes."""
 
@@ -327,7 +358,7 @@ class Steps:
             _Amount(),
             _Elapsed(),
         )
-        with Progress(
+        with _Noted(
             *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
         ) as live:
             yield StepView(self.console, label, live)
@@ -342,25 +373,42 @@ class Steps:
 class StepView:
     """One step on the screen."""
 
-    def __init__(self, console: Console, label: str, live: Progress | None) -> None:
+    def __init__(self, console: Console, label: str, live: _Noted | None) -> None:
         self.console, self.label, self.live = console, label, live
         self.started, self.phase = time.monotonic(), ""
+        self.told, self.first = ("", -TOLD_SECONDS), (self.started, 0)  # (note, when); (when, done) of the phase
         self.task = live.add_task(label, total=None, started=self.started) if live else None
 
     def watch(self, progress: Mapping[str, Any]) -> None:
-        """Take a progress record: ``{"phase", "done", "total", "unit"}``, or a phase alone."""
+        """Take a progress record: ``{"phase", "done", "total", "unit", "note"}``, or a phase alone."""
         phase = str(progress.get("phase", "")) or self.phase
         total, done = progress.get("total") or None, progress.get("done") or 0
+        if phase != self.phase:
+            self.first = (time.monotonic(), done)
+        if self.live is not None:
+            self.live.note = note_of(progress)
         if self.live is None or self.task is None:
             if phase != self.phase:
                 amount = f" {size(total)}" if total and progress.get("unit", "B") == "B" else ""
                 self.console.print(f"  {self.label}: {phase}{amount}")
+            self._tell(note_of(progress), done, total, str(progress.get("unit")))
         elif phase != self.phase:
             self.live.reset(self.task, description=f"{self.label}: {phase}", total=total)
             self.live.update(self.task, completed=done, unit=progress.get("unit", "B"))
         else:
             self.live.update(self.task, total=total, completed=done)
         self.phase = phase
+
+    def _tell(self, note: str, done: int, total: int | None, unit: str) -> None:
+        """Say a note on a line of its own, now and then, and the last one always."""
+        now = time.monotonic()
+        if not note or not total or note == self.told[0] or (now - self.told[1] < TOLD_SECONDS and done < total):
+            return
+        self.told = (note, now)
+        since, before = self.first
+        left = (now - since) / (done - before) * (total - done) if done > before else 0.0
+        eta = f" · ETA {duration(left)}" if left >= 1 else ""
+        self.console.print(Text(f"  {self.label}: {done} of {total} {unit}{eta} · {note}"), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Leave a line about the step, such as why it runs again."""

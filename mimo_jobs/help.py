@@ -51,6 +51,11 @@ COMMANDS = {
         "ID[.STEP][:COMPONENT]", "the logs of a run, of a step, or of a component's ranks",
         {"--follow": "print what is added until the steps have ended (-f)", **THERE, **HELP}, "logs -f latest.import:language", RUN,
     ),
+    "report": Command(
+        "ID", "a run as one HTML page: curves, ranks, steps, configuration, parity; works without a network",
+        {"--output": "FILE: where to write it (-o); without it report.html in the run's record; - prints it", **THERE, **HELP},
+        "report latest -o report.html", RUN,
+    ),
     "cancel": Command("ID", "end every step of a run that is queued or running", {**THERE, **HELP}, "cancel latest", RUN),
     "resume": Command(
         "ID [executor.FIELD=VALUE ...]", "go on with a run at its failed step; what is done stays",

@@ -63,6 +63,7 @@ def export_hf(
     overwrite: bool = False,
     fsync: bool = True,
     verify: bool = True,
+    adapter: Dir | None = None,
     world: "World | None" = None,
 ) -> dict[str, Any]:
     """Convert a MIMO checkpoint back to Hugging Face format, with the shards and dtypes it was imported from.
@@ -76,14 +77,16 @@ def export_hf(
         overwrite: replace target once the new one is complete
         fsync: flush to disk before publishing
         verify: check the digests of what was written before publishing
+        adapter: PEFT directory to merge into the weights
 
     Raises:
-        UserError: the checkpoint, the target or the layout does not allow it; nothing is published.
+        UserError: the checkpoint, the adapter, the target or the layout does not allow it; nothing is published.
     """
     from mimo_jobs.conversion.exporter import ExportArgs, run_export
 
     with _joined(world) as joined:
-        args = ExportArgs(Path(source), Path(target), layout.resolve(), dtype, mtp, overwrite, fsync, verify)
+        merged = Path(adapter) if adapter else None
+        args = ExportArgs(Path(source), Path(target), layout.resolve(), dtype, mtp, overwrite, fsync, verify, merged)
         return run_export(args, joined)
 
 

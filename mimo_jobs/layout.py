@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from mimo_jobs.errors import UsageError
 
 LANGUAGE = "language"
+IMAGES = "images"
 
 
 @dataclass(frozen=True)

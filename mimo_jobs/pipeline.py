@@ -159,9 +159,8 @@ def _decided(steps: list[Step], active: Collection[str], done: Collection[str]) 
     for step in steps:
         place = identity.place_of(step.job, step.arguments)
         inputs = {v for n, v in step.arguments.items() if n in ("left", "right", "model") and v in pending}
-        source = step.arguments.get("source")
-        if source in pending and source not in earlier:  # made by a step whose output says nothing about itself
-            inputs.add(source)
+        reads = {step.arguments.get("source"), step.arguments.get("adapter")} & pending
+        inputs |= reads - earlier.keys()  # made by a step whose output says nothing about itself
         if place is None and step.name in done and not inputs and step.name not in active:
             planned.append(Planned(step, skip=True, why="done already, says the record"))
             continue
@@ -240,7 +239,8 @@ def _preflight(plan: Plan, steps: list[Planned]) -> None:
         if "model" in arguments and arguments["model"] in makers:
             continue  # an earlier step makes the model itself
         if maker is None:
-            made = preflight.preflight(planned.step.job, arguments)
+            to_come = {"adapter": None} if arguments.get("adapter") in makers else {}
+            made = preflight.preflight(planned.step.job, {**arguments, **to_come})
         elif maker.job == "import_hf" and not Path(maker.arguments["model"]).is_dir():
             continue  # an earlier step of the chain makes the model itself
         else:

@@ -20,6 +20,7 @@ from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.errors import UserError
 from mimo_jobs.layout import LANGUAGE
 from mimo_jobs.modeling.build import IMAGES, BuiltModel, unwrapped
+from mimo_jobs.modeling.lora import ADAPTER_PARAMETERS
 
 MODEL_PREFIXES = ("language_model.", f"modality_submodules.{IMAGES}.")
 
@@ -79,6 +80,15 @@ def load_model(built: BuiltModel, directory: Path) -> None:
     """
     pieces = _sharded_pieces(built)
     _check_against(directory, pieces, built.hf.text_config.vocab_size)
+    _load(pieces, directory)
+
+
+def load_adapters(built: BuiltModel, directory: Path) -> None:
+    """Read the adapters of a checkpoint that holds nothing else of the model, written under any layout. Collective over the world."""
+    _load([piece for piece in _sharded_pieces(built) if _is_adapter(piece.key)], directory)
+
+
+def _load(pieces: list[ShardedTensor], directory: Path) -> None:
     for piece in pieces:
         if piece.allow_shape_mismatch:
             _data(piece).zero_()
@@ -90,8 +100,25 @@ def load_model(built: BuiltModel, directory: Path) -> None:
     dist.barrier()
 
 
-def _sharded_pieces(built: BuiltModel) -> list[ShardedTensor]:
-    """This rank's ShardedTensors after all factories, without ``_extra_state`` objects; ``.data`` are views."""
+def adapter_state(built: BuiltModel) -> dict[str, Any]:
+    """Sharded tensors of this rank's adapters alone (`modeling.lora`), for ``dist_checkpointing`` and optimizers.
+
+    ``.data`` are the live parameters, so a distributed optimizer finds its parameters in it; B of a fused layer is a factory.
+    """
+    return {name: value for name, value in sharded_state(built).items() if name.endswith(ADAPTER_PARAMETERS)}
+
+
+def adapter_tensors(built: BuiltModel) -> list[StoredPiece]:
+    """The pieces of this rank's adapters; filling ``data`` fills them."""
+    return [piece for piece in model_tensors(built) if _is_adapter(piece.key)]
+
+
+def _is_adapter(key: str) -> bool:
+    return any(part in key for part in ADAPTER_PARAMETERS)
+
+
+def sharded_state(built: BuiltModel) -> dict[str, Any]:
+    """What megatron-core makes of this rank's modules, before factories; ``.data`` are the live parameters."""
     state: dict = {}
     if built.language is not None:
         metadata = {"dp_cp_group": built.groups[LANGUAGE].dp_cp}
@@ -99,6 +126,12 @@ def _sharded_pieces(built: BuiltModel) -> list[ShardedTensor]:
     if IMAGES in built.groups:
         images = unwrapped(built.model.modality_submodules[IMAGES])
         state |= images.sharded_state_dict(prefix=MODEL_PREFIXES[1])
+    return state
+
+
+def _sharded_pieces(built: BuiltModel) -> list[ShardedTensor]:
+    """This rank's ShardedTensors after all factories, without ``_extra_state`` objects; ``.data`` are views."""
+    state = sharded_state(built)
     apply_factories(state)
     pieces = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
     for piece in pieces:

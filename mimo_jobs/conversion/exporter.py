@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from mimo_jobs.checkpoint.manifest import (
     versions,
     write_json,
 )
+from mimo_jobs.checkpoint.peft_dir import PeftAdapter, check_adapter, check_base, read_peft
 from mimo_jobs.conversion import identity, journal, publish
 from mimo_jobs.conversion.digests import Blocks, file_blocks, file_threads, merged, slowest, tensor_digests
+from mimo_jobs.conversion.merge import Merger, adapter_summary, merged_names
 from mimo_jobs.conversion.options import parse_options, written_config, written_shard
 from mimo_jobs.conversion.rows import RowReader
 from mimo_jobs.errors import UserError
@@ -55,6 +57,7 @@ class ExportArgs:
     overwrite: bool = False
     fsync: bool = True
     verify: bool = True
+    adapter: Path | None = None
 
 
 @dataclass
@@ -67,6 +70,7 @@ class ExportPlan:
         shares: rows that each rank writes; ``passed_ranks``, ``alias_ranks``: who copies which whole tensor.
         templates: every tensor as the checkpoint's headers have it, before a cast.
         casts: HF name -> [dtype of the template, dtype written].
+        adapter: what is merged into the weights, None without; ``merged``: the tensors that it changes.
     """
 
     args: ExportArgs
@@ -82,6 +86,11 @@ class ExportPlan:
     templates: dict[str, TensorInfo]
     casts: dict[str, list[str]]
     dropped: list[str]
+    adapter: PeftAdapter | None = None
+
+    @cached_property
+    def merged(self) -> set[str]:
+        return merged_names(self.adapter)
 
     @property
     def bytes_per_rank(self) -> list[int]:
@@ -118,6 +127,10 @@ def plan_export(args: ExportArgs) -> ExportPlan:
     templates = _read_templates(args.source)
     everything = {n: t for s in templates.values() for n, t in s.tensors.items()}
     matched = plans.match(weight_map, everything, str(args.source))
+    adapter = read_peft(args.adapter) if args.adapter else None
+    if adapter:
+        check_adapter(adapter, weight_map, str(args.source))
+        check_base(adapter, manifest, args.source)
     stored = torch_dist.read_metadata(args.source)
     _check_stored(args.source, weight_map, stored)
     dropped = matched.passed_through if args.mtp == "drop" else []
@@ -138,7 +151,7 @@ def plan_export(args: ExportArgs) -> ExportPlan:
     casts = {n: [everything[n].dtype, t.dtype] for n, t in tensors.items() if everything[n].dtype != t.dtype}
     return ExportPlan(
         args, manifest, config, matched, stored, shards, tensors, plans.export_shares(matched, args.layout), passed,
-        plans.spread(((n, tensors[n].nbytes) for n in passed_names), args.layout.world_size), everything, casts, dropped,
+        plans.spread(((n, tensors[n].nbytes) for n in passed_names), args.layout.world_size), everything, casts, dropped, adapter,
     )  # fmt: skip
 
 
@@ -189,12 +202,14 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
     made = plan_export(args)
     if world.rank == 0:
         publish.check_target(args.target, args.overwrite, args.source)
+        publish.check_target(args.target, args.overwrite, args.adapter)
         needed = sum(s.size for s in made.shards.values())
         publish.check_space(args.target, needed, publish.staging_of(args.target, world.run_id))
     staging = publish.staging_of(args.target, world.run_id)
     world.on_failure(journal.discard_unless_resumable(world, partial(shutil.rmtree, staging, ignore_errors=True)))
     if world.rank == 0:
-        plan = journal.plan_digest(identity.of_mimo(args.source), made.manifest.digests, args, versions()["mimo-jobs"])
+        inputs = identity.of_mimo(args.source), identity.of_adapter(args.adapter) if args.adapter else None
+        plan = journal.plan_digest(*inputs, made.manifest.digests, args, versions()["mimo-jobs"])
         if not publish.open_staging(args.target, world.run_id, plan):
             _prepare(made, staging)
             journal.begin(staging, plan)
@@ -235,9 +250,10 @@ def _tasks(
     made: ExportPlan, staging: Path, files: transfer.Files, rank: int, moved: Callable[[int], None]
 ) -> Iterable[Callable[[], None]]:
     rows = RowReader(made.args.source, files)
+    merger = Merger(made.adapter, files) if made.adapter else None
     for share in made.shares:
         if share.rank == rank:
-            yield partial(_write_share, made, share, files, rows, staging, moved)
+            yield partial(_write_share, made, share, files, rows, staging, moved, merger)
     for name, owner in made.passed_ranks:
         if owner == rank:
             assert made.passed is not None
@@ -262,7 +278,7 @@ def _copy_tensor(
 
 def _write_share(
     made: ExportPlan, share: plans.Share, files: transfer.Files, rows: RowReader, staging: Path,
-    moved: Callable[[int], None],
+    moved: Callable[[int], None], merger: Merger | None,
 ) -> None:  # fmt: skip
     rule = made.matched.weight_map.rules[share.rule]
     tensor = rule.stored[share.stored]
@@ -270,6 +286,11 @@ def _write_share(
     aliases = {target: alias for alias, target in made.matched.aliases.items()}
     for run in stored_rows(made.matched.segments[share.rule], share.stored, share.row, share.row + share.rows):
         name = rule.hf[run.hf].name
+        if merger and name in made.merged:
+            info = made.tensors[name]
+            target = files.writer(staging / info.file)
+            merger.write_rows(rows, stored, tensor.row_elements, run, name, info.dtype, target, info.offset, moved)
+            continue
         for i, out in enumerate(n for n in (name, aliases.get(name)) if n in made.tensors):
             counted = moved if i == 0 else _silent
             _write_rows(made, stored, tensor.row_elements, run, made.tensors[out], files, rows, staging, counted)
@@ -292,21 +313,21 @@ def _write_rows(
 
 
 def _digests(made: ExportPlan, staging: Path, files: transfer.Files, world: World) -> dict[str, dict[str, str]]:
-    """Of this rank's share of the tensors: digests of what was written, and for cast ones of what they were cast from."""
+    """Of this rank's share of the tensors: digests of what was written, and of what cast and merged ones were made from."""
     sizes = [(n, t.nbytes) for n, t in made.tensors.items()]
     mine = [n for n, rank in plans.spread(sizes, world.size) if rank == world.rank]
     rows = RowReader(made.args.source, files)
     written = [(n, file_blocks(files, staging, made.tensors[n])) for n in mine]
-    before = [(n, _template_blocks(made, n, files, rows)) for n in mine if n in made.casts]
+    before = [(n, _template_blocks(made, n, files, rows)) for n in mine if n in made.casts or n in made.merged]
     total = sum(size for _, size in sizes)
     return {
         "written": tensor_digests(written, world, "verify", total),
-        "before": tensor_digests(before, world, "verify the source of casts", total) if made.casts else {},
+        "before": tensor_digests(before, world, "verify the source", total) if made.casts or made.merged else {},
     }
 
 
 def _template_blocks(made: ExportPlan, name: str, files: transfer.Files, rows: RowReader) -> Blocks:
-    """The bytes that an export without a cast would write."""
+    """The bytes that an export without cast and adapter would write."""
     if name in made.matched.passed_through:
         assert made.passed is not None
         return file_blocks(files, made.args.source, made.passed.tensors[name])
@@ -344,11 +365,14 @@ def _finish(
             f"e.g. {first}; the checkpoint is damaged: nothing was published. Import it again"
         )
     source, args = identity.of_mimo(made.args.source), made.args
-    made_of = identity.of_export(source, made.manifest.rules_version, args.dtype, args.mtp, args.verify)
+    adapter = identity.of_adapter(args.adapter) if args.adapter else None
+    made_of = identity.of_export(source, made.manifest.rules_version, args.dtype, args.mtp, args.verify, adapter)
+    if made.adapter and adapter:
+        certificate |= {"adapter": adapter_summary(made.adapter, adapter)}
     write_json(staging / PARITY_NAME, certificate | {"identity": made_of})
     world.check()
     publish.publish(staging, made.args.target, made.args.overwrite)
-    counts = {k: certificate[k] for k in ("verified", "equal", "cast", "unknown")}
+    counts = {k: certificate[k] for k in ("verified", "equal", "cast", "merged", "unknown") if k in certificate}
     return {
         "target": str(made.args.target), "tensors": len(made.tensors), "bytes": sum(made.bytes_per_rank),
         "bytes_per_rank": made.bytes_per_rank, "shards": len(made.shards), "parity": counts, "casts": _cast_kinds(made),
@@ -389,15 +413,17 @@ def _certificate(
     expected = made.manifest.digests
     status = {}
     for name in made.tensors:
-        if name in made.casts:
-            status[name] = "cast" if before.get(name) in (None, expected.get(name)) else "different"
+        if name in made.casts or name in made.merged:
+            fine = "merged" if name in made.merged else "cast"
+            status[name] = fine if before.get(name) in (None, expected.get(name)) else "different"
         elif name not in digests or name not in expected:
             status[name] = "unknown"
         elif digests[name] != expected[name]:
             status[name] = "different"
         else:  # a tensor cast at import has the digest of its cast bytes
             status[name] = "cast" if name in made.manifest.casts else "equal"
-    count = {s: sum(v == s for v in status.values()) for s in ("equal", "cast", "unknown")}
+    kinds = ("equal", "cast", "merged", "unknown") if made.adapter else ("equal", "cast", "unknown")
+    count = {s: sum(v == s for v in status.values()) for s in kinds}
     return {
         "format": 1, "kind": "export", "source": str(made.args.source), "imported_from": made.manifest.source,
         "verified": made.args.verify, "tensors": len(made.tensors), **count,

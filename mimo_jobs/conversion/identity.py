@@ -19,6 +19,7 @@ from mimo_jobs.checkpoint.manifest import (
     read_config,
     read_manifest,
 )
+from mimo_jobs.checkpoint.peft_dir import CONFIG_NAME, read_peft
 from mimo_jobs.conversion.options import parse_options
 from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
@@ -60,11 +61,28 @@ def of_import(source: str, rules_version: int, dtype: str | None, mtp: str) -> I
     }
 
 
-def of_export(source: str, rules_version: int, dtype: str | None, mtp: str, verify: bool) -> Identity:
-    """The identity of an export; ``source`` is `of_mimo` of the checkpoint."""
-    return {
+def of_export(
+    source: str, rules_version: int, dtype: str | None, mtp: str, verify: bool, adapter: str | None = None
+) -> Identity:
+    """The identity of an export; ``source`` is `of_mimo` of the checkpoint, ``adapter`` `of_adapter` of what is merged."""
+    made = {
         "job": "export_hf", "rules": rules_version, "source": source, "dtype": parse_options(dtype, mtp), "mtp": mtp, "verify": verify,
     }  # fmt: skip
+    return made | ({"adapter": adapter} if adapter else {})
+
+
+def of_adapter(directory: Path) -> str:
+    """The revision of a PEFT directory: of the identity it carries, else of its files: no tensor is read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    adapter = read_peft(directory)
+    if adapter.identity:
+        return digest(adapter.identity)
+    stat = (directory / adapter.shard.name).stat()
+    config = file_digest(read_bytes(directory / CONFIG_NAME))
+    return digest({"config": config, "weights": [file_digest(adapter.shard.header), stat.st_size, stat.st_mtime_ns]})
 
 
 def of_verify(left: str, right: str, dtype: str | None, mtp: str) -> Identity:
@@ -136,7 +154,10 @@ def expected(job: str, arguments: Mapping[str, Any], earlier: Mapping[str, Ident
         source = Path(arguments["source"])
         rules = made["rules"] if made else read_manifest(source).rules_version
         revision = digest(made) if made else of_mimo(source)
-        return of_export(revision, rules, arguments["dtype"], arguments["mtp"], arguments["verify"])
+        adapter = arguments.get("adapter")
+        if adapter:
+            adapter = digest(earlier[adapter]) if adapter in earlier else of_adapter(Path(adapter))
+        return of_export(revision, rules, arguments["dtype"], arguments["mtp"], arguments["verify"], adapter)
     if job == "verify" and arguments.get("certificate"):
         left, right = (of_hf(Path(arguments[side])) for side in ("left", "right"))
         return of_verify(left, right, arguments["dtype"], arguments["mtp"])
@@ -160,7 +181,7 @@ def is_complete(job: str, arguments: Mapping[str, Any]) -> bool:
 
 NAMES = {
     "rules": "the conversion rules", "source": "the source", "dtype": "dtype", "mtp": "mtp", "verify": "verify", "left": "left",
-    "right": "right", "job": "the job",
+    "right": "right", "job": "the job", "adapter": "the adapter",
 }  # fmt: skip
 
 

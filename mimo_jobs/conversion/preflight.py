@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mimo_jobs.checkpoint.peft_dir import check_adapter, read_peft
 from mimo_jobs.conversion import publish
 from mimo_jobs.conversion.exporter import ExportArgs, ExportPlan, plan_export
 from mimo_jobs.conversion.importer import ImportArgs, ImportPlan, plan_import
@@ -77,9 +78,12 @@ def check_import(args: ImportArgs) -> Preflight:
 def check_export(args: ExportArgs) -> Preflight:
     """Plan an export and check its target and disk; see `preflight`."""
     publish.check_target(args.target, args.overwrite, args.source)
+    publish.check_target(args.target, args.overwrite, args.adapter)
     made = plan_export(args)
     needed = sum(s.size for s in made.shards.values())
     notes = _idle_notes(args.layout, made.bytes_per_rank)
+    if made.adapter:
+        notes.append(f"{len(made.merged)} tensors are merged with the adapter {args.adapter}")
     if made.dropped:
         notes.append(f"{len(made.dropped)} passed-through tensors (e.g. {made.dropped[0]}) are dropped: mtp=drop")
     return Preflight(
@@ -100,6 +104,8 @@ def check_export_of(made_by: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     mtp = "drop" if "drop" in (export.mtp, made_by["mtp"]) else "keep"
     args = ImportArgs(Path(made_by["model"]), export.source, export.layout, export.dtype or made_by["dtype"], mtp)
     made = plan_import(args)
+    if export.adapter and export.adapter.exists():  # else a step of the chain has still to write it too
+        check_adapter(read_peft(export.adapter), made.matched.weight_map, made_by["model"])
     needed = sum(s.size for s in made.exported.values())
     return Preflight(
         export.layout, sum(len(s.tensors) for s in made.exported.values()), sum(made.bytes_per_rank), made.bytes_per_rank,
@@ -150,6 +156,8 @@ def import_args(model: str, target: str, layout: ParallelLayout | Mapping | None
 def export_args(source: str, target: str, layout: ParallelLayout | Mapping | None = None, **options: Any) -> ExportArgs:
     """`ExportArgs` from what a recipe or JOB.json holds; the layout may be plain nested dicts."""
     _check_options("export_hf", options, ExportArgs)
+    if options.get("adapter") is not None:
+        options["adapter"] = directory("adapter", options["adapter"])
     return ExportArgs(directory("source", source), directory("target", target), as_layout(layout).resolve(), **options)
 
 

@@ -13,7 +13,7 @@ from mimo_jobs.errors import UsageError, UserError
 
 _OWNER = ".owner.json"
 OWNER_SECONDS = 15.0
-_CHECKPOINT_FILES = ("mimo.json", "model.safetensors.index.json", "model.safetensors")
+_CHECKPOINT_FILES = ("mimo.json", "model.safetensors.index.json", "model.safetensors", "adapter_config.json")
 MAX_NAME = 180  # bytes; the name of the staging directory, with its run id, is at most 255 (ext4, xfs, NFS, Lustre)
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
 

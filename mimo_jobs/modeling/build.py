@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
-from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,15 +19,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from transformers import PreTrainedConfig
 
-from mimo_jobs.layout import LANGUAGE, ResolvedLayout
+from mimo_jobs.layout import IMAGES, LANGUAGE, ResolvedLayout
 from mimo_jobs.modeling import cpu
 from mimo_jobs.modeling.attention import uses_flash_linear_attention
 from mimo_jobs.modeling.config import language_config, parse_hf_config, vision_config
 from mimo_jobs.modeling.language import LanguageModel, language_spec
+from mimo_jobs.modeling.mimo import Mimo
 from mimo_jobs.modeling.vision import VisionTower, vision_spec
 from mimo_jobs.parallel.grids import build_grids
 
-IMAGES = "images"
 ENCODER = "vision"
 """The only encoder of images; its checkpoint keys start with ``modality_submodules.images.encoders.vision.``"""
 
@@ -46,7 +46,7 @@ class BuiltModel:
         communicator: hands activations between disjoint components and pipeline stages; None when colocated.
     """
 
-    model: MimoModel
+    model: Mimo
     hf: PreTrainedConfig
     layout: ResolvedLayout
     grids: dict[str, HyperCommGrid]
@@ -112,7 +112,7 @@ def build(
     )
     vision = vision_config(hf, layout.components[IMAGES], dtype=dtype, **overrides.get(IMAGES, {}))
     _prepare_process(language, language_groups)
-    model = MimoModel(
+    model = Mimo(
         MimoModelConfig(
             language_model_spec=language_spec(hf, language, layout.components[LANGUAGE], language_groups),
             modality_submodules_spec={

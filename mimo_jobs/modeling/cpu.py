@@ -39,13 +39,17 @@ def _install_once() -> None:
 
 
 def _replace_in_megatron() -> None:
-    """Two places with no device argument to redirect."""
+    """Three places with no device argument to redirect."""
     from megatron.core.models.mimo import optimizer as mimo_optimizer
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.tensor_parallel import random
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     # There is no CUDA generator to fork; dropout is 0 and weights come from checkpoints.
     setattr(CudaRNGStatesTracker, "fork", lambda *_args, **_kwargs: contextlib.nullcontext())  # noqa: B010
+    # Recomputation puts the generators back to where the first pass found them: here there is the CPU's alone.
+    setattr(random, "_get_all_rng_states", lambda: (torch.get_rng_state(), None, None))  # noqa: B010
+    setattr(random, "_set_all_rng_states", lambda cpu, *_cuda: torch.set_rng_state(cpu))  # noqa: B010
     # The original clips with multi_tensor_apply over "torch.cuda.FloatTensor" gradients.
     for module in (mimo_optimizer, clip_grads, distrib_optimizer, optimizer):
         if hasattr(module, "clip_grad_by_total_norm_fp32"):

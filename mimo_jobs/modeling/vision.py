@@ -3,6 +3,7 @@
 Reference: ``Qwen3_5VisionModel`` in transformers. The position helpers are transformers' own.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ from mimo_jobs.modeling.rope import VisionRope
 _BIAS_DROPOUT_ADD: Any = get_bias_dropout_add  # megatron-core annotates specs only
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Equal-size communication for images of different sizes.
+
+    Attributes:
+        rows: int64 (tokens,), the row of the output that each token goes to; the others are zero.
+        length: rows of the output, the same on every rank of the component.
+    """
+
+    rows: Tensor
+    length: int
+
+
 class VisionTower(MegatronModule):
     """Patches to image tokens of the decoder's width."""
 
@@ -53,16 +67,39 @@ class VisionTower(MegatronModule):
         rope_base = (vision.rope_parameters or {}).get("rope_theta", 10000.0)
         self.rope = VisionRope(config.kv_channels, rope_base, parameter_device(config))
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor | None, grid_thw: Tensor | None, padding: Padding | None = None) -> Tensor:
         """Encode images of any sizes in one packed sequence.
 
         Args:
-            pixel_values: (patches, channels * temporal patch * patch * patch), as HF's image processor makes them.
+            pixel_values: (patches, channels * temporal patch * patch * patch), as HF's image processor makes them;
+                None where this rank has no image, only padding.
             grid_thw: int64 (images, 3): frames, patch rows, patch columns of each image.
+            padding: spread the tokens over a longer output.
 
         Returns:
-            (patches / spatial_merge_size**2, out_hidden_size) in the parameters' dtype, image after image.
+            (patches / spatial_merge_size**2, out_hidden_size) in the parameters' dtype, image after image; or
+            (padding.length, out_hidden_size).
         """
+        if pixel_values is None or grid_thw is None:
+            assert padding is not None
+            return self._blank(padding.length).requires_grad_(torch.is_grad_enabled())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
+            tokens = self._encode(pixel_values, grid_thw)
+            if padding is not None:
+                tokens = self._blank(padding.length).index_copy(0, padding.rows, tokens)
+        # The pipeline sends a gradient back also to a frozen tower, where it ends.
+        return tokens if tokens.requires_grad else tokens.requires_grad_(torch.is_grad_enabled())
+
+    @property
+    def trained(self) -> bool:
+        """Whether any parameter of the tower trains."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def _blank(self, length: int) -> Tensor:
+        weight = self.patch_embed.weight
+        return torch.zeros(length, self.vision.out_hidden_size, dtype=weight.dtype, device=weight.device)
+
+    def _encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         hidden = hidden + self._positions(grid_thw).to(hidden.dtype)
         angles = self.rope(get_vision_position_ids(grid_thw, self.vision.spatial_merge_size))

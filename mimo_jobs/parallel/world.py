@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jobs.errors import JobFailed
+from mimo_jobs.parallel.progress import REPORT_SECONDS, ProgressFile
 
 CONNECT_SECONDS = 600 if "SLURM_JOB_ID" in os.environ else 120  # ranks of a big Slurm job start minutes apart
 GRACE_SECONDS = 5  # a rank stuck in a system call is ended this long after another failed
 INTERRUPT_SECONDS = 1.0
 RECENT_SECONDS = 10
-REPORT_SECONDS = 0.2
 FLUSH_SECONDS = 25  # a rank that was asked to stop flushes what it wrote; Slurm's KillWait is 30 s
 INTERRUPTED = "interrupted"
 ENDED, LATE = "ended unexpectedly", "did not start within"
@@ -49,9 +49,9 @@ class World:
         self._server: socket.socket | None = None
         self._left: set[int] = set()
         self._done: dict[int, int] = {}
-        self._phase, self._total, self._unit = "", 0, "B"
+        self._phase, self._total, self._unit, self._note = "", 0, "B", ""
         self._reported = 0.0
-        self._pending = 0
+        self._progress = ProgressFile(self.record) if self.record is not None and rank == 0 else None
         self._closing = False
         self._born = time.time()
         self._watchdog: threading.Timer | None = None
@@ -262,7 +262,7 @@ class World:
         """A stretch of work of ``total`` units over all ranks. Yields ``moved(n)``, which also raises `JobFailed`."""
         lock, mine = threading.Lock(), 0
         with self._lock:
-            self._phase, self._total, self._unit = name, total, unit
+            self._phase, self._total, self._unit, self._note = name, total, unit, ""
             self._done, self._reported = {}, 0.0
 
         def moved(n: int) -> None:
@@ -289,10 +289,15 @@ class World:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def progress(self, phase: str, done: int, total: int, unit: str = "B") -> None:
-        """Report the state of a job that runs on one rank."""
-        self._phase, self._total, self._unit, self._done = phase, total, unit, {self.rank: done}
-        self._write_progress(force=True)
+    def progress(self, phase: str, done: int, total: int, unit: str = "B", note: str = "") -> None:
+        """Report the state of a job whose rank 0 knows it; other ranks say nothing. Costs no time, however slow the disk is.
+
+        Args:
+            note: a few words of the moment, such as the loss.
+        """
+        with self._lock:
+            self._phase, self._total, self._unit, self._note, self._done = phase, total, unit, note, {self.rank: done}
+        self._write_progress()
 
     def _report(self, done: int) -> None:
         if self.rank != 0:
@@ -302,20 +307,15 @@ class World:
             self._done[0] = done
         self._write_progress()
 
-    def _write_progress(self, force: bool = False) -> None:
-        if self.record is None or self.rank != 0:
+    def _write_progress(self) -> None:
+        if self._progress is None:
             return
         with self._lock:
-            now = time.monotonic()
             done = sum(self._done.values())
-            if not force and done < self._total and now - self._pending < REPORT_SECONDS:
-                return
-            self._pending = now
             state = {"phase": self._phase, "done": done, "total": self._total, "unit": self._unit}
-            temporary = self.record / ".progress.json.tmp"
-            with contextlib.suppress(OSError):
-                temporary.write_text(json.dumps(state))
-                os.replace(temporary, self.record / "progress.json")
+            if self._note:
+                state["note"] = self._note
+        self._progress.put(state)
 
     # ------------------------------------------------------------------------------------------------- leaving
 
@@ -342,6 +342,8 @@ class World:
             self._closing = True
             if self._watchdog is not None:
                 self._watchdog.cancel()
+        if self._progress is not None:
+            self._progress.close()
         for peer in list(self._peers):
             self._send(peer, {"kind": "leave", "failure": self.failure})  # may overtake _fail's own message
         for peer in list(self._peers.values()):

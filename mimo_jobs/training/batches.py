@@ -1,0 +1,245 @@
+"""From samples to what each component's forward pass takes, for one microbatch in any layout.
+
+A *row* of the global batch is a sequence of the decoder: one sample, several (packed), or none (its sample was bad). A microbatch
+has ``micro_batch_size`` rows for every data-parallel replica of the language component; replicas of the images component share the
+same rows. Which rows exist, and how long everything is, all ranks know from the same `StepTable`, so sizes need no communication on
+the device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from mimo_jobs.modeling.forward import mrope_position_ids
+from mimo_jobs.modeling.mimo import ImagePlaces
+from mimo_jobs.modeling.vision import Padding
+
+IGNORED = -100  # a label without loss, as in Hugging Face
+
+
+class Encoded(Protocol):
+    """A tokenised sample: int64 (seq,) ids and labels (already shifted, `IGNORED` without loss), int64 (images, 3) grids."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def image_grid_thw(self) -> Tensor: ...
+
+
+Pixels = tuple[Tensor, Tensor]
+"""(patches, features) float32 and int64 (images, 3), of one sample."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who works on which rows.
+
+    Attributes:
+        language, images: data-parallel size of each component.
+        micro_batch_size: rows of one language replica in one microbatch.
+        microbatches: microbatches of one optimizer step.
+    """
+
+    language: int
+    images: int
+    micro_batch_size: int
+    microbatches: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of one microbatch, over all replicas."""
+        return self.micro_batch_size * self.language
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.rows * self.microbatches
+
+    def language_rows(self, microbatch: int, replica: int) -> range:
+        """Rows of the global batch that a language replica trains on."""
+        return self._rows(microbatch, replica, self.language)
+
+    def images_rows(self, microbatch: int, replica: int) -> range:
+        """Rows whose images an images replica encodes."""
+        return self._rows(microbatch, replica, self.images)
+
+    def slots(self, microbatch: int) -> list[range]:
+        """Rows by the smallest unit that travels between the components: the replicas of the component that has more."""
+        count = max(self.language, self.images)
+        return [self._rows(microbatch, slot, count) for slot in range(count)]
+
+    @property
+    def padded(self) -> bool:
+        """Whether image tokens travel padded: megatron-core exchanges equal sizes where replicas are split or joined."""
+        return self.language != self.images
+
+    def _rows(self, microbatch: int, part: int, parts: int) -> range:
+        each, first = self.rows // parts, self.rows * microbatch
+        return range(first + part * each, first + (part + 1) * each)
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """What every rank knows of every row of a step.
+
+    Attributes:
+        rows: row -> its good samples, as positions in ``ids``.
+        ids: name of every sample of the step, bad ones included.
+        image_tokens, tokens, loss_tokens: int64, of each sample.
+        bad: positions of samples that are left out.
+    """
+
+    rows: Sequence[Sequence[int]]
+    ids: Sequence[str]
+    tokens: np.ndarray
+    image_tokens: np.ndarray
+    loss_tokens: np.ndarray
+    bad: Sequence[int] = ()
+
+    def total(self, what: np.ndarray) -> int:
+        """Sum over the good samples."""
+        return int(sum(what[s] for row in self.rows for s in row))
+
+    def images_in(self, rows: range) -> int:
+        """Image tokens of some rows."""
+        return int(sum(self.image_tokens[s] for row in rows for s in self.rows[row]))
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Arguments of ``Mimo.forward`` on this rank, and the loss mask (float32, shape of the labels) on language ranks."""
+
+    inputs: dict[str, Any]
+    loss_mask: Tensor | None
+    seq_length: int
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """On a device, copies not waited for."""
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pinned(self) -> "Microbatch":
+        """In page-locked memory, from where copies to a GPU need no waiting."""
+        return self._each(lambda t: t.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Microbatch":
+        return Microbatch(_changed(self.inputs, change), _changed(self.loss_mask, change), self.seq_length)
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, ImagePlaces):
+        return ImagePlaces(change(value.rows), change(value.positions))
+    if isinstance(value, Padding):
+        return Padding(change(value.rows), value.length)
+    if isinstance(value, dict):
+        return {k: _changed(v, change) for k, v in value.items()}
+    return value
+
+
+def padding_of(table: StepTable, shares: Shares, microbatch: int) -> int:
+    """Rows that every slot's image tokens are padded to."""
+    return max(table.images_in(rows) for rows in shares.slots(microbatch))
+
+
+def images_inputs(
+    table: StepTable, shares: Shares, microbatch: int, replica: int, pixels: Mapping[int, Pixels]
+) -> dict[str, Any] | None:
+    """Arguments of ``VisionTower.forward``, or None when no rank has an image to encode.
+
+    Args:
+        pixels: position of a sample -> its pixels; samples without images may be missing.
+    """
+    rows = shares.images_rows(microbatch, replica)
+    made = [pixels[s] for row in rows for s in table.rows[row] if table.image_tokens[s]]
+    inputs: dict[str, Any] = {"pixel_values": None, "grid_thw": None}
+    if made:
+        inputs["pixel_values"] = torch.cat([p for p, _ in made])
+        inputs["grid_thw"] = torch.cat([g for _, g in made])
+    if not shares.padded:
+        return inputs if made else None
+    length = padding_of(table, shares, microbatch)
+    if not length:
+        return None
+    own = [slot for slot in shares.slots(microbatch) if slot[0] in rows]
+    filled = _filled([table.images_in(slot) for slot in own], length)
+    inputs["padding"] = Padding(torch.from_numpy(filled), length * len(own))
+    return inputs
+
+
+def _filled(counts: Sequence[int], length: int) -> np.ndarray:
+    """Rows that are no padding, of slots of ``length`` rows that begin with ``counts`` tokens: int64 (sum of counts,)."""
+    return np.concatenate([np.arange(n, dtype=np.int64) + i * length for i, n in enumerate(counts)])
+
+
+def language_inputs(
+    hf: PreTrainedConfig,
+    table: StepTable,
+    shares: Shares,
+    microbatch: int,
+    replica: int,
+    encoded: Mapping[int, Encoded],
+    *,
+    multiple: int = 1,
+    packing: bool = False,
+) -> Microbatch:
+    """Everything that a language rank takes, right-padded to the longest row.
+
+    Args:
+        hf: the whole model's config.
+        encoded: position of a sample -> the sample, for this replica's rows.
+        multiple: the sequence is padded to a multiple of it (tp, under sequence parallelism).
+        packing: put all rows behind each other in one sequence, attended to each for itself.
+    """
+    rows = [[encoded[s] for s in table.rows[r]] for r in shares.language_rows(microbatch, replica)]
+    if packing:
+        rows = [[s for row in rows for s in row]]
+    assert packing or all(len(row) <= 1 for row in rows)
+    lengths = [max(1, sum(len(s.input_ids) for s in row)) for row in rows]
+    longest = -(-max(lengths) // multiple) * multiple
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    positions = torch.zeros(3, len(rows), longest, dtype=torch.int64)
+    for r, row in enumerate(rows):
+        at = 0
+        for sample in row:
+            end = at + len(sample.input_ids)
+            ids[r, at:end], labels[r, at:end] = sample.input_ids, sample.labels
+            grid = sample.image_grid_thw if len(sample.image_grid_thw) else None
+            positions[:, r, at:end] = mrope_position_ids(hf, ids[r : r + 1, at:end], grid)[:, 0]
+            at = end
+    inputs: dict[str, Any] = dict(
+        input_ids=ids, position_ids=positions, labels=labels.clamp(min=0), image_places=_places(hf, table, shares, microbatch, replica, ids)
+    )  # fmt: skip
+    if packing:
+        inputs["packing_kwargs"] = _bounds([len(s.input_ids) for s in rows[0]], longest)
+    return Microbatch(inputs, (labels != IGNORED).float(), longest)
+
+
+def _places(
+    hf: PreTrainedConfig, table: StepTable, shares: Shares, microbatch: int, replica: int, ids: Tensor
+) -> ImagePlaces:
+    sequence_first = (ids == hf.image_token_id).nonzero()  # batch index, seq index, in the order that images arrive
+    positions = sequence_first[:, 1] * ids.shape[0] + sequence_first[:, 0]
+    if not shares.padded:
+        return ImagePlaces(torch.arange(len(positions)), positions)
+    rows, length = shares.language_rows(microbatch, replica), padding_of(table, shares, microbatch)
+    own = [slot for slot in shares.slots(microbatch) if slot[0] in rows]
+    filled = torch.from_numpy(_filled([table.images_in(slot) for slot in own], length))
+    assert len(filled) == len(positions), (len(filled), len(positions))
+    return ImagePlaces(filled, positions)
+
+
+def _bounds(lengths: Sequence[int], total: int) -> dict[str, Any]:
+    """Bounds of packed samples for ``PackedSeqParams``; the padding at the end is a sample of its own."""
+    lengths = [*lengths, *([rest] if (rest := total - sum(lengths)) else [])]
+    bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    longest = max(lengths)
+    return dict(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)

@@ -1,0 +1,290 @@
+"""Checkpoints that training goes on from: weights (or adapters) and optimizer state in megatron-core's ``torch_dist`` format.
+
+```
+TARGET.steps/
+  step-00000500/      any layout can go on from it, and an export can read it
+    *.distcp .metadata metadata.json     weights and optimizer state
+    mimo.json hf/ headers/ ...           what makes it a MIMO checkpoint (not where only adapters train)
+    training.json                        step, identity, file sizes (last)
+  .step-00001000.partial/                being written, or cut off: never read
+```
+"""
+
+import json
+import os
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from mimo_jobs.checkpoint.manifest import write_json
+from mimo_jobs.checkpoint.model_io import adapter_state, load_adapters, load_model, sharded_state
+from mimo_jobs.errors import UserError
+from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.training.optimizer import Updates
+from mimo_jobs.weights.json_files import read_object
+
+RECORD = "training.json"
+_NAME = re.compile(r"step-(\d{8})")
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Contents of ``training.json``: a checkpoint after ``step`` optimizer steps.
+
+    Attributes:
+        identity: what the run is (`conversion.identity`); only a run of the same goes on from it.
+        files: name -> bytes of every weight file.
+        skipped: bad samples left out so far.
+        losses: of the last steps, oldest first, for the spike bound.
+    """
+
+    step: int
+    identity: Mapping[str, Any]
+    files: Mapping[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def checkpoint_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps is."""
+    return root / f"step-{step:08d}"
+
+
+def completed(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of what looks like a checkpoint, newest first; see `read`."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return sorted(found, reverse=True)
+
+
+def read(directory: Path) -> Saved:
+    """The record of a checkpoint, after a look at its files.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    try:
+        saved = Saved(**read_object(directory / RECORD))
+    except (TypeError, UserError) as error:
+        raise UserError(f"{directory}: not a whole checkpoint: {error}") from None
+    for name, size in saved.files.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes, expected {size}"
+            raise UserError(f"{path}: {what}: not a whole checkpoint")
+    return saved
+
+
+def newest(root: Path, identity: Mapping[str, Any], warn: Callable[[str], None]) -> tuple[Path, Saved] | None:
+    """The newest whole checkpoint of a run; ``warn`` hears of newer ones that are not whole.
+
+    Raises:
+        UserError: it is of another run.
+    """
+    for partial in sorted(root.glob(".step-*.partial")) if root.is_dir() else []:
+        warn(f"{partial.name} was cut off while it was written; it is not used")
+    for _, directory in completed(root):
+        try:
+            saved = read(directory)
+        except UserError as error:
+            warn(f"{error}; the one before it is used")
+            continue
+        if saved.identity != identity:
+            from mimo_jobs.conversion.identity import difference
+
+            raise UserError(
+                f"{directory}: a checkpoint of another run: {difference(saved.identity, identity)}; give another target or "
+                f"saving.directory, or remove {root}"
+            )
+        return directory, saved
+    return None
+
+
+class Checkpoints:
+    """Writes checkpoints of one run, if wanted while training goes on, and keeps the newest. Methods are collective.
+
+    Args:
+        adapters: only adapters train: their weights are all that is written.
+        finish: called on rank 0 with the staging directory and its file sizes before it is published.
+    """
+
+    def __init__(
+        self, built: BuiltModel, updates: Updates, root: Path, keep: int, background: bool, *, adapters: bool,
+        finish: Callable[[Path, dict[str, int]], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._built, self._updates, self._root, self._keep = built, updates, root, keep
+        self._background, self._adapters, self._finish = background, adapters, finish
+        self._pending: _Writing | None = None
+        # The writer hands its results over in a queue, which megatron-core takes from a process of its own (3 s to start, an
+        # orphan after a kill); here the writer is a thread.
+        filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportAttributeAccessIssue]
+        self._made_root = False
+
+    def save(self, saved: Saved) -> None:
+        """Begin a checkpoint; in the background unless the run has it otherwise. Waits for the one before."""
+        self.wait()
+        staging = self._root / f".step-{saved.step:08d}.partial"
+        if dist.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        dist.barrier()
+        request: Any = dist_checkpointing.save(
+            self._state(), str(staging), async_sharded_save=True, async_strategy="mcore"
+        )
+        self._pending = _Writing(request, staging, saved)
+        if not self._background:
+            self.wait()
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes; when no rank does, `wait` publishes without waiting."""
+        return self._pending is not None and self._pending.thread.is_alive()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is begun and not published; the same on every rank."""
+        return self._pending is not None
+
+    def wait(self) -> Path | None:
+        """Publish the checkpoint that was begun, once every rank has written; its directory."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        pending.join()
+        for finalize in pending.request.finalize_fns:
+            finalize()
+        final = checkpoint_directory(self._root, pending.saved.step)
+        if dist.get_rank() == 0:
+            files = {p.name: p.stat().st_size for p in sorted(pending.staging.glob("*.distcp"))}
+            files[".metadata"] = (pending.staging / ".metadata").stat().st_size
+            if self._finish is not None:
+                self._finish(pending.staging, files)
+            write_json(pending.staging / RECORD, asdict(pending.saved) | {"files": files})
+            _flush(pending.staging)
+            shutil.rmtree(final, ignore_errors=True)  # one that was not whole
+            os.rename(pending.staging, final)
+            _flush(self._root, files=False)
+            for _, old in completed(self._root)[self._keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+        return final
+
+    def load(self, directory: Path) -> None:
+        """Set weights and optimizer to those of a checkpoint, written under any layout."""
+        if self._adapters:
+            load_adapters(self._built, directory)
+        else:
+            load_model(self._built, directory)
+        optimizers = _distributed_optimizers(self._updates)
+        for optimizer in optimizers.values():
+            _fill_empty_state(optimizer.optimizer)
+        wanted = {"optimizer": self._optimizer_state(self._model_state(), is_loading=True)}
+        state: Any = dist_checkpointing.load(wanted, str(directory))["optimizer"]
+        moments = {name: state[name].pop("param_state") for name in optimizers}
+        self._updates.optimizer.load_state_dict(state)
+        for name, optimizer in optimizers.items():
+            _load_moments(optimizer, moments[name])
+        dist.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        model = self._model_state()
+        return {"model": model, "optimizer": self._optimizer_state(model, is_loading=False)}
+
+    def _model_state(self) -> dict[str, Any]:
+        return adapter_state(self._built) if self._adapters else sharded_state(self._built)
+
+    def _optimizer_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+        return self._updates.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_SHARDING))
+
+
+class _Writing:
+    """A checkpoint on its way to the disk: the state is copied when this returns, and a thread writes it."""
+
+    def __init__(self, request: Any, staging: Path, saved: Saved) -> None:
+        self.request, self.staging, self.saved = request, staging, saved
+        self._error: BaseException | None = None
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = [
+                (path, key, (objects, [(item, _own(tensor)) for item, tensor in tensors]))
+                for path, key, (objects, tensors) in request.preload_fn()
+            ]
+        self.thread = threading.Thread(target=self._write, args=(arguments,), daemon=True)
+        self.thread.start()
+
+    def _write(self, arguments: list[Any]) -> None:
+        try:
+            if self.request.async_fn is not None:
+                self.request.async_fn(*arguments, **self.request.async_fn_kwargs)
+        except BaseException as error:
+            self._error = error
+
+    def join(self) -> None:
+        """Wait for this rank's part. Raises what went wrong, e.g. `OSError` of a full disk."""
+        self.thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory that training does not write to; what came from a GPU is a copy already."""
+    return tensor if torch.cuda.is_available() else tensor.clone()
+
+
+def _distributed_optimizers(updates: Updates) -> dict[str, DistributedOptimizer]:
+    """Component -> its optimizer on this rank, without wrappers."""
+    found = {}
+    for name, info in updates.optimizer.module_infos.items():
+        if info.is_active and info.optimizer is not None:
+            (found[name],) = getattr(info.optimizer, "chained_optimizers", [info.optimizer])
+    return found
+
+
+def _load_moments(optimizer: DistributedOptimizer, moments: Any) -> None:
+    """Master weights and moments of each parameter.
+
+    megatron-core's loader (0.19.2) looks for a saved tensor for every tensor of torch's state, of which ``step`` is one that it
+    does not save; and it gives all parameters the same ``step`` tensor, which each of them would then count up.
+    """
+    states = optimizer.optimizer.state.values()
+    for state in states:
+        state["step"] = float(state["step"])
+    optimizer.load_parameter_state_from_fully_reshardable(moments)
+    for state in states:
+        state["step"] = torch.tensor(state["step"], dtype=torch.float32)
+
+
+def _fill_empty_state(optimizer: torch.optim.Optimizer) -> None:
+    """What AdamW makes in its first step: megatron-core reads the step out of it before it loads."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _flush(directory: Path, files: bool = True) -> None:
+    """fsync a directory, and the files in it."""
+    for path in [*(p for p in directory.iterdir() if files and p.is_file()), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

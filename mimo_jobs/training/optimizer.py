@@ -1,0 +1,132 @@
+"""megatron-core's ``MimoOptimizer`` over the components that train, and the learning rate of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mimo_jobs.errors import UsageError
+from mimo_jobs.layout import IMAGES
+from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.training.config import Optimizer
+from mimo_jobs.training.step import trained_components
+
+_DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The optimizer of a rank and what sets its learning rates.
+
+    Attributes:
+        optimizer: steps every component, clipping over all of them.
+        schedulers: component -> its learning rate, only those of this rank.
+    """
+
+    optimizer: MimoOptimizer
+    schedulers: Mapping[str, OptimizerParamScheduler]
+
+    def set_step(self, done: int) -> None:
+        """Set the learning rates for the step that follows ``done`` steps."""
+        for scheduler in self.schedulers.values():
+            scheduler.num_steps = 0
+            scheduler.step(done)
+
+    def apply(self) -> tuple[bool, float]:
+        """Clip and step; whether parameters changed, and the norm of all gradients before clipping."""
+        changed, norm, _ = self.optimizer.step()
+        return changed, float("nan") if norm is None else norm
+
+
+def check_settings(settings: Optimizer, steps: int) -> None:
+    """Raises `UsageError` for numbers that make no schedule of ``steps`` steps."""
+    for name, value, least in (
+        ("lr", settings.lr, 0.0), ("min_lr", settings.min_lr, 0.0), ("warmup_steps", settings.warmup_steps, 0),
+        ("decay_steps", settings.decay_steps, 0), ("weight_decay", settings.weight_decay, 0.0),
+        ("clip_grad", settings.clip_grad, 0.0), ("images_lr", settings.images_lr or 0.0, 0.0),
+    ):  # fmt: skip
+        if not value >= least:
+            raise UsageError(f"optimizer.{name}={value}: expected at least {least:g}")
+    for name, value in (("beta1", settings.beta1), ("beta2", settings.beta2)):
+        if not 0 <= value < 1:
+            raise UsageError(f"optimizer.{name}={value}: expected at least 0 and less than 1")
+    for name, value in (("lr", settings.lr), ("images_lr", settings.images_lr)):
+        if value is not None and value < settings.min_lr:
+            raise UsageError(f"optimizer.{name}={value:g} is below optimizer.min_lr={settings.min_lr:g}; lower min_lr")
+    if settings.warmup_steps >= steps:
+        raise UsageError(
+            f"optimizer.warmup_steps={settings.warmup_steps}: the run has {steps} steps; set it below that"
+        )
+    if settings.schedule == "wsd" and not 0 < settings.decay_steps <= steps - settings.warmup_steps:
+        raise UsageError(
+            f"optimizer.decay_steps={settings.decay_steps}: schedule=wsd needs between 1 and "
+            f"{steps - settings.warmup_steps}, the steps after the warm-up"
+        )
+
+
+def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Updates:
+    """Optimizer state in fp32, sharded over data parallel ranks. Collective over the world.
+
+    Args:
+        built: wrapped by `step.wrap_for_training`.
+        steps: of the whole run, where the learning rate reaches its end.
+
+    Raises:
+        UsageError: see `check_settings`.
+    """
+    check_settings(settings, steps)
+    trained, infos, schedulers = trained_components(built), {}, {}
+    for name, grid in built.grids.items():
+        module, groups = trained.get(name), built.groups.get(name)
+        optimizer = None
+        if module is not None:
+            highest = settings.images_lr if name == IMAGES and settings.images_lr is not None else settings.lr
+            config = _config(built, settings, highest)
+            optimizer = get_megatron_optimizer(config, [module], pg_collection=groups, use_gloo_process_groups=False)
+            schedulers[name] = _scheduler(optimizer, settings, highest, steps)
+        infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, is_active=name in built.groups)
+    if not trained:  # get_megatron_optimizer gathers the kinds of dense, then of expert parameters over the whole world
+        for _ in range(2):
+            dist.all_gather_object([None] * dist.get_world_size(), [])
+    updates = Updates(MimoOptimizer(infos, _config(built, settings, settings.lr)), schedulers)
+    updates.set_step(0)
+    return updates
+
+
+def _config(built: BuiltModel, settings: Optimizer, highest: float) -> OptimizerConfig:
+    dtype = built.model.config.params_dtype
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=highest,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+
+
+def _scheduler(optimizer: object, settings: Optimizer, highest: float, steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,  # pyright: ignore[reportArgumentType]
+        init_lr=0.0,
+        max_lr=highest,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=_DECAY_STYLES[settings.schedule],
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=settings.decay_steps if settings.schedule == "wsd" else None,
+        lr_wsd_decay_style="linear" if settings.schedule == "wsd" else None,
+    )

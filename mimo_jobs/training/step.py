@@ -1,0 +1,155 @@
+"""One optimizer step's forward and backward passes in any layout, on megatron-core's schedules.
+
+The loss of a step is the sum over its tokens divided by their number, over all microbatches and replicas (what transformers
+computes with ``num_items_in_batch``). Gradients are summed by DDP and divided once, by a number every rank has from the
+`StepTable`: no communication for it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
+from torch import Tensor
+
+from mimo_jobs.layout import IMAGES, LANGUAGE
+from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.training.batches import Microbatch
+from mimo_jobs.training.stopwatch import Stopwatch
+
+
+def wrap_for_training(built: BuiltModel, *, sharded: bool = True) -> None:
+    """Put DDP around each component of this rank that has a parameter to train; gradients are fp32.
+
+    Args:
+        sharded: each data-parallel rank ends with the sum of its share of the gradients, for the distributed optimizer.
+    """
+    for name in built.groups:
+        module = component_module(built, name)
+        if not any(p.requires_grad for p in module.parameters()):
+            continue
+        config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
+        wrapped = DistributedDataParallel(built.configs[name], config, module, pg_collection=built.groups[name])
+        if name == LANGUAGE:
+            built.model.language_model = wrapped
+        else:
+            built.model.modality_submodules[name] = wrapped
+
+
+def component_module(built: BuiltModel, component: str) -> torch.nn.Module:
+    """A component of this rank, wrapped or not."""
+    return built.model.language_model if component == LANGUAGE else built.model.modality_submodules[component]
+
+
+def trained_components(built: BuiltModel) -> dict[str, DistributedDataParallel]:
+    """The components of this rank that train."""
+    found = {name: component_module(built, name) for name in built.groups}
+    return {name: module for name, module in found.items() if isinstance(module, DistributedDataParallel)}
+
+
+def is_loss_rank(built: BuiltModel) -> bool:
+    """Whether this rank is the one of its data-parallel replica that reports the loss: tp 0 of the last stage."""
+    groups = built.groups.get(LANGUAGE)
+    return groups is not None and groups.tp.rank() == 0 and groups.pp.rank() == groups.pp.size() - 1
+
+
+def run_step(
+    built: BuiltModel, microbatches: Sequence[Microbatch], loss_tokens: int, watch: Stopwatch, *, train: bool = True
+) -> Tensor:
+    """Forward, and backward when training, of every microbatch; gradients are reduced and divided by ``loss_tokens``.
+
+    Collective over the world.
+
+    Returns:
+        fp32 scalar on the device: the summed loss of this rank's replica where `is_loss_rank`, 0 elsewhere.
+    """
+    config = built.model.config
+    config.finalize_model_grads_func = partial(_finalize, built, loss_tokens)
+    config.no_sync_func = built.model.no_sync
+    if train:
+        built.model.zero_grad_buffer()
+    arguments: dict[str, Any] = dict(
+        forward_step_func=partial(_forward_step, watch),
+        data_iterator=iter(microbatches),
+        model=[built.model],
+        num_microbatches=len(microbatches),
+        seq_length=max(m.seq_length for m in microbatches),
+        micro_batch_size=1,
+        forward_only=not train,
+    )
+    if built.layout.colocated:
+        reported = forward_backward_no_pipelining(**arguments, pg_collection=built.groups[LANGUAGE])
+    else:
+        schedule: Any = forward_backward_pipelining_without_interleaving  # annotated for single-module models
+        groups = MultiModuleProcessGroupCollection(built.groups, LANGUAGE if LANGUAGE in built.groups else None)
+        with _waits(built, watch):
+            reported = schedule(**arguments, p2p_communicator=built.communicator, pg_collection=groups)
+    if not reported or not is_loss_rank(built):
+        return torch.zeros((), device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+    return torch.stack([r["loss"] for r in reported]).sum()
+
+
+def _forward_step(watch: Stopwatch, microbatches: Iterator[Microbatch], model: Any) -> tuple[Any, Any]:
+    microbatch = next(microbatches)
+    with watch.span("forward"):
+        output, _ = model(**microbatch.inputs)
+    if microbatch.loss_mask is None or not model.role.is_last_stage(LANGUAGE):
+        return output, None
+    return output, partial(_masked_loss, microbatch.loss_mask)
+
+
+def _masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the losses (batch, seq) of the tokens that count; their number is used by `_finalize` alone."""
+    loss = (losses.float() * mask).sum()
+    return loss, mask.sum().to(torch.int), {"loss": loss.detach()}
+
+
+def _finalize(
+    built: BuiltModel,
+    loss_tokens: int,
+    model: Any,
+    num_tokens: Tensor | None = None,
+    pg_collection: Any = None,
+    force_all_reduce: bool = False,
+    **_: object,
+) -> None:
+    """Reduce gradients within each component's own groups, then make them those of the mean over tokens."""
+    for name, wrapped in trained_components(built).items():
+        finalize_model_grads([wrapped], None, built.groups[name], force_all_reduce)
+        wrapped.scale_gradients(1.0 / max(1, loss_tokens))
+
+
+_COMMUNICATION = (
+    "recv_forward", "recv_backward", "send_forward", "send_backward", "send_forward_recv_backward",
+    "send_backward_recv_forward",
+)  # fmt: skip
+
+
+@contextmanager
+def _waits(built: BuiltModel, watch: Stopwatch) -> Iterator[None]:
+    """Count the time inside the communicator as waiting: for another stage, or another component."""
+    communicator = built.communicator
+    assert communicator is not None
+
+    def timed(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with watch.span("waiting"):
+                return function(*args, **kwargs)
+
+        return call
+
+    for name in _COMMUNICATION:
+        setattr(communicator, name, timed(getattr(type(communicator), name).__get__(communicator)))
+    try:
+        yield
+    finally:
+        for name in _COMMUNICATION:
+            delattr(communicator, name)

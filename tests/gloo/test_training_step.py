@@ -1,0 +1,128 @@
+"""Loss, every gradient and the gradient's norm equal transformers', in every class of layout."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mimo_jobs.layout import ComponentLayout as Layout
+from mimo_jobs.layout import ParallelLayout
+from mimo_jobs.modeling.build import build
+from mimo_jobs.training.batches import Shares
+from mimo_jobs.training.config import Optimizer
+from mimo_jobs.training.optimizer import make_optimizer
+from mimo_jobs.training.step import run_step, wrap_for_training
+from mimo_jobs.training.stopwatch import Stopwatch
+from tests.gloo.batches import tiny
+from tests.gloo.processes import run_ranks
+from tests.gloo.reference_weights import live_parameters, load_reference, reference_parameters
+from tests.gloo.training import exact, microbatches_of, samples_of_a_run, table_of
+
+pytestmark = pytest.mark.gloo
+
+TOLERANCE, CANCELLING, CANCELLING_TOLERANCE = 5e-5, ("A_log", "dt_bias"), 5e-4  # as in test_gradients.py
+
+# name -> layout, samples of a row's replica, options
+LAYOUTS: dict[str, tuple[ParallelLayout, int, dict[str, Any]]] = {
+    "one rank": (ParallelLayout(Layout(), Layout(), 1), 2, {}),
+    "colocated, language tp2, images dp2 (fan-in)": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, {}),
+    "colocated, language dp2, images tp2 (fan-out)": (ParallelLayout(Layout(dp=2), Layout(tp=2), 2), 2, {}),
+    "colocated, both dp2": (ParallelLayout(Layout(dp=2), Layout(dp=2), 2), 2, {}),
+    "colocated tp2 with sequence parallel": (ParallelLayout(Layout(tp=2), Layout(tp=2), 2), 2, dict(sp=True)),
+    "colocated tp2, dp2 (fan-in), packed": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 4, dict(packing=True, sp=True)),
+    "disjoint, one each": (ParallelLayout(Layout(), Layout(), 2), 2, {}),
+    "disjoint, language tp2, images dp2 (fan-in)": (ParallelLayout(Layout(tp=2), Layout(dp=2, rank_offset=2), 4), 2, {}),
+    "disjoint, language dp2, images dp1 (fan-out)": (ParallelLayout(Layout(dp=2), Layout(rank_offset=2), 3), 2, {}),
+    "disjoint, language pp2, images dp2, tied": (ParallelLayout(Layout(pp=2), Layout(dp=2, rank_offset=2), 4), 2, dict(tied=True)),
+    "disjoint, language tp2 pp2, sequence parallel": (ParallelLayout(Layout(tp=2, pp=2), Layout(rank_offset=4), 5), 2, dict(sp=True)),
+    "disjoint, images first": (ParallelLayout(Layout(tp=2, rank_offset=1), Layout(dp=1, rank_offset=0), 3), 2, {}),
+    "disjoint, pp2, packed": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 3, dict(packing=True)),
+    "disjoint, text only": (ParallelLayout(Layout(tp=2), Layout(dp=2, rank_offset=2), 4), 2, dict(text_only=True)),
+    "colocated, text only": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, dict(text_only=True)),
+    "disjoint, recomputation": (ParallelLayout(Layout(), Layout(), 2), 2, dict(recompute=True)),
+    "colocated, images frozen": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, dict(frozen="images")),
+    "disjoint, images frozen": (ParallelLayout(Layout(), Layout(), 2), 2, dict(frozen="images")),
+    "disjoint, language frozen": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 2, dict(frozen="language")),
+}  # fmt: skip
+MICROBATCHES = 2
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_step_equals_transformers(name: str) -> None:
+    layout, per_replica, options = LAYOUTS[name]
+    resolved = layout.resolve()
+    config, model = tiny(tied=options.get("tied", False))
+    shares = Shares(resolved.components["language"].dp, resolved.components["images"].dp, 2, MICROBATCHES)
+    count = per_replica * shares.language * MICROBATCHES
+    samples = samples_of_a_run(config, count, text_only=options.get("text_only", False))
+    loss, gradients, _ = exact(model, samples)
+    results = run_ranks(resolved.world_size, _on_rank, layout, config, model.state_dict(), gradients, samples, shares, options)
+    assert sum(loss for loss, _, _ in results) == pytest.approx(loss, rel=2e-6)
+    frozen = options.get("frozen")
+    kept = [g for n, g in gradients.items() if frozen is None or ("visual" in n) != (frozen == "images")]
+    norm = torch.sqrt(sum(g.square().sum() for g in kept)).item()  # pyright: ignore
+    assert [norm for *_, norm in results] == pytest.approx([norm] * len(results), rel=3e-5)
+    # Relative to the whole tensor: alone, a rank's two numbers of A_log may all but cancel.
+    summed: dict[str, tuple[float, float]] = {}
+    for _, squares, _ in results:
+        for n, (e, w) in squares.items():
+            before = summed.get(n, (0.0, 0.0))
+            summed[n] = (before[0] + e, before[1] + w)
+    errors = {n: (e / w) ** 0.5 for n, (e, w) in summed.items() if w}
+    bounds = {n: CANCELLING_TOLERANCE if n.endswith(CANCELLING) else TOLERANCE for n in errors}
+    assert {n: e for n, e in errors.items() if not e < bounds[n]} == {}
+    assert {n for n, (e, w) in summed.items() if not w and e} == set()
+
+
+def _on_rank(
+    layout: ParallelLayout, config: Any, weights: Any, gradients: Any, samples: Any, shares: Shares, options: dict[str, Any]
+) -> tuple[float, dict[str, tuple[float, float]], float]:
+    """This rank's part of the loss, parameter -> squared error and squared norm of its shard's gradient, total norm."""
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    built = build(
+        config,
+        layout.resolve(),
+        sequence_parallel=options.get("sp", False),
+        overrides={"language": recompute, "images": recompute} if options.get("recompute") else None,
+    )
+    load_reference(built, weights)
+    if (frozen := options.get("frozen")) in built.groups:
+        for parameter in (built.language if frozen == "language" else built.vision).parameters():  # pyright: ignore
+            parameter.requires_grad_(False)
+    wrap_for_training(built, sharded=False)
+    rows = _rows(len(samples), shares)
+    table = table_of(samples, rows)
+    made = microbatches_of(built, samples, table, shares, options.get("packing", False))
+    total = table.total(table.loss_tokens)
+    loss = run_step(built, made, total, Stopwatch()).item() / total
+    wanted, squares = reference_parameters(built, gradients), {}
+    for name, parameter in live_parameters(built).items():
+        if parameter.requires_grad:
+            gradient = parameter.main_grad  # pyright: ignore
+            squares[name] = ((gradient - wanted[name]).square().sum().item(), wanted[name].square().sum().item())
+    norm = _sharded_norm(layout, config, weights, options, samples, table, shares, total)
+    return loss, squares, norm
+
+
+def _rows(count: int, shares: Shares) -> list[list[int]]:
+    """One sample a row, or several where packed."""
+    rows = shares.global_batch_size
+    return [list(range(r * count // rows, (r + 1) * count // rows)) for r in range(rows)]
+
+
+def _sharded_norm(layout: Any, config: Any, weights: Any, options: Any, samples: Any, table: Any, shares: Any, total: int) -> float:
+    """The same with the distributed optimizer's sharded gradients."""
+    built = build(config, layout.resolve(), sequence_parallel=options.get("sp", False))
+    load_reference(built, weights)
+    if (frozen := options.get("frozen")) in built.groups:
+        for parameter in (built.language if frozen == "language" else built.vision).parameters():  # pyright: ignore
+            parameter.requires_grad_(False)
+    wrap_for_training(built)
+    updates = make_optimizer(built, Optimizer(), 10)
+    made = microbatches_of(built, samples, table, shares, options.get("packing", False))
+    run_step(built, made, total, Stopwatch())
+    changed, norm = updates.apply()
+    assert changed
+    dist.barrier()
+    return norm
