@@ -234,7 +234,9 @@ def note_lines(steps: "Sequence[Seen]", run: str = "") -> Iterator[Text]:
     for one in steps:
         note, progress = note_of(one.progress), one.progress or {}
         if note and one.state.state == "running":
-            yield Text(f"{run}{one.step.name}: {progress.get('done')} of {progress.get('total')} {progress.get('unit')} · {note}")
+            yield Text(
+                f"{run}{one.step.name}: {progress.get('done')} of {progress.get('total')} {progress.get('unit')} · {note}"
+            )
 
 
 def status_table(runs: Sequence["SeenRun"]) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mimo_jobs.layout import ParallelLayout
+from mimo_jobs.training.config import Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
 
 if TYPE_CHECKING:
     from mimo_jobs.parallel.world import World
@@ -19,6 +20,10 @@ File = Annotated[str, "file"]
 ModelRef = Annotated[str, "directory or hub id"]
 Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 Mtp = Literal["keep", "drop"]
+DataRef = Annotated[str, "file, directory or hub id"]
+Precision = Literal["bf16", "fp32"]
+Recompute = Literal["none", "full"]
+Freeze = Literal["none", "language", "images"]
 
 
 def import_hf(
@@ -88,6 +93,117 @@ def export_hf(
         merged = Path(adapter) if adapter else None
         args = ExportArgs(Path(source), Path(target), layout.resolve(), dtype, mtp, overwrite, fsync, verify, merged)
         return run_export(args, joined)
+
+
+def sft(
+    *,
+    source: ModelRef,
+    data: DataRef,
+    target: Dir,
+    layout: ParallelLayout,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    global_batch_size: int = 32,
+    micro_batch_size: int = 1,
+    seed: int = 0,
+    precision: Precision = "bf16",
+    freeze: Freeze = "none",
+    sequence_parallel: bool = False,
+    recompute: Recompute = "full",
+    optimizer: Optimizer = Optimizer(),
+    dataset: Dataset = Dataset(),
+    validation: Validation = Validation(),
+    saving: Saving = Saving(),
+    logging: Logging = Logging(),
+    stop: Stop = Stop(),
+    overwrite: bool = False,
+    world: "World | None" = None,
+) -> dict[str, Any]:
+    """Fine-tune every parameter on images and text; goes on from the newest checkpoint when started again.
+
+    Args:
+        source: MIMO or Hugging Face checkpoint to begin with
+        data: images and text: JSONL, Parquet, WebDataset or a hub data set
+        target: MIMO checkpoint to write
+        layout: ranks of each component
+        steps: optimizer steps; without it as many as epochs has
+        epochs: passes over the data; may be a fraction
+        global_batch_size: samples of an optimizer step (packed sequences with dataset.packing)
+        micro_batch_size: samples of one forward pass of a language replica
+        seed: of the order of samples, and of adapters
+        precision: of weights and activations; gradients and optimizer state are fp32
+        freeze: a component that does not train
+        sequence_parallel: split the decoder's activations over tp along the sequence
+        recompute: recompute activations in the backward pass instead of keeping them
+        overwrite: replace target once the new one is complete
+
+    Raises:
+        UserError: bad input; JobFailed: the loss went wrong. Checkpoints stay.
+    """
+    given = {n: v for n, v in locals().items() if n != "world"}
+    return _train("sft", given, None, world)
+
+
+def lora(
+    *,
+    source: ModelRef,
+    data: DataRef,
+    target: Dir,
+    layout: ParallelLayout,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    global_batch_size: int = 32,
+    micro_batch_size: int = 1,
+    seed: int = 0,
+    precision: Precision = "bf16",
+    sequence_parallel: bool = False,
+    recompute: Recompute = "full",
+    lora: Lora = Lora(),
+    optimizer: Optimizer = Optimizer(lr=1e-4),
+    dataset: Dataset = Dataset(),
+    validation: Validation = Validation(),
+    saving: Saving = Saving(),
+    logging: Logging = Logging(),
+    stop: Stop = Stop(),
+    overwrite: bool = False,
+    world: "World | None" = None,
+) -> dict[str, Any]:
+    """Fine-tune low-rank adapters on images and text; goes on from the newest checkpoint when started again.
+
+    Args:
+        source: MIMO or Hugging Face checkpoint that the adapters are for
+        data: images and text: JSONL, Parquet, WebDataset or a hub data set
+        target: PEFT directory to write
+        layout: ranks of each component
+        steps: optimizer steps; without it as many as epochs has
+        epochs: passes over the data; may be a fraction
+        global_batch_size: samples of an optimizer step (packed sequences with dataset.packing)
+        micro_batch_size: samples of one forward pass of a language replica
+        seed: of the order of samples, and of adapters
+        precision: of weights and activations; adapters, gradients and optimizer state are fp32
+        sequence_parallel: split the decoder's activations over tp along the sequence
+        recompute: recompute activations in the backward pass instead of keeping them
+        overwrite: replace target once the new one is complete
+
+    Raises:
+        UserError: bad input; JobFailed: the loss went wrong. Checkpoints stay.
+    """
+    given = {n: v for n, v in locals().items() if n != "world"}
+    return _train("lora", given, lora, world)
+
+
+def _train(job: str, given: dict[str, Any], adapters: "Lora | None", world: "World | None") -> dict[str, Any]:
+    from mimo_jobs.conversion import identity
+    from mimo_jobs.training.run import TrainArgs, run_training
+
+    made_of = identity.expected(job, given, {})
+    assert made_of is not None
+    settings = dict(
+        given, source=Path(given["source"]), target=Path(given["target"]), layout=given["layout"].resolve(), lora=adapters
+    )
+    settings.setdefault("freeze", "none")
+    with _joined(world) as joined:
+        return run_training(TrainArgs(**settings, identity=made_of), joined)
 
 
 def make_tiny(*, target: Dir, seed: int = 0, overwrite: bool = False, world: "World | None" = None) -> dict[str, Any]:
@@ -161,7 +277,7 @@ def verify(
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (import_hf, export_hf, make_tiny, compare_logits, verify)
+    f.__name__: f for f in (import_hf, sft, lora, export_hf, make_tiny, compare_logits, verify)
 }
 
 

@@ -6,6 +6,7 @@ tp varies fastest, then cp, dp, pp.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -169,21 +170,32 @@ def check_divides(name: str, field: str, size: int, what: str, value: int) -> No
 
 
 def check_batch(layout: ResolvedLayout, global_batch_size: int, micro_batch_size: int) -> None:
-    """Every component's dp must divide the global batch into whole micro-batches, and each micro-batch's samples.
+    """A global batch is whole micro-batches of every language replica, whose samples the replicas of encoders share evenly.
 
     Raises:
         UsageError: naming the component and the batch sizes that fit.
     """
     _check_int("micro_batch_size", micro_batch_size, 1)
     _check_int("global_batch_size", global_batch_size, 1)
+    language = layout.components[LANGUAGE].dp
+    together = micro_batch_size * language
     for c in layout.components.values():
-        step = micro_batch_size * c.dp
-        if global_batch_size % step:
-            near = max(1, round(global_batch_size / step)) * step
+        if together % c.dp:
+            fits = c.dp // math.gcd(c.dp, language)
             raise UsageError(
-                f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size} times "
-                f"layout.{c.name}.dp={c.dp}; set global_batch_size={near}"
+                f"micro_batch_size={micro_batch_size} times layout.language.dp={language} is {together} samples, which "
+                f"layout.{c.name}.dp={c.dp} replicas cannot share; set micro_batch_size={-(-micro_batch_size // fits) * fits}"
             )
+        if max(c.dp, language) % min(c.dp, language):
+            raise UsageError(
+                f"layout.{c.name}.dp={c.dp} and layout.language.dp={language}: one must be a multiple of the other"
+            )
+    if global_batch_size % together:
+        near = max(1, round(global_batch_size / together)) * together
+        raise UsageError(
+            f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size} times "
+            f"layout.language.dp={language}; set global_batch_size={near}"
+        )
 
 
 MOST_RANKS = 1 << 20  # far beyond any machine: a typing mistake is answered at once

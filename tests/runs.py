@@ -28,7 +28,11 @@ def write_run(root: Path, steps: dict[str, tuple[str, dict[str, Any]]], **about:
         directory = records.step_directory(root, i, name, len(steps))
         directory.mkdir(parents=True, exist_ok=True)
         made.append(StepRecord(name, job, arguments, directory, f"{root.name}-{i}"))
-    run = RunRecord(root, made, {"run_id": root.name, "recipe": "qwen35vl_sft", "executor": "local", "host": "login01", "pid": 0} | about)
+    run = RunRecord(
+        root,
+        made,
+        {"run_id": root.name, "recipe": "qwen35vl_sft", "executor": "local", "host": "login01", "pid": 0} | about,
+    )
     run.write()
     return run
 
@@ -38,7 +42,9 @@ def happened(step: StepRecord, *events: tuple[float, str, dict[str, Any]]) -> No
     import json
 
     for at, event, fields in events:
-        records.add_line(step.directory / records.EVENTS, json.dumps({"time": BEGIN + at, "event": event, **fields}) + "\n")
+        records.add_line(
+            step.directory / records.EVENTS, json.dumps({"time": BEGIN + at, "event": event, **fields}) + "\n"
+        )
 
 
 def training_lines(steps: range, seed: int = 0, start: float = 4000.0, images: bool = True) -> list[str]:
@@ -64,11 +70,36 @@ def training_lines(steps: range, seed: int = 0, start: float = 4000.0, images: b
             values["lr_images"] = 0.2e-5 * rate
         lines.append(history.line(at, {"step": step, **values}))
         if step % 250 == 0:
-            lines.append(history.line(at, {"step": step, "validation_loss": 0.70 + 1.4 * math.exp(-step / 320) + 0.3 * math.exp(-step / 2400) + draw.gauss(0, 0.008), "validation_tokens": 81920}))
+            lines.append(
+                history.line(
+                    at,
+                    {
+                        "step": step,
+                        "validation_loss": 0.70
+                        + 1.4 * math.exp(-step / 320)
+                        + 0.3 * math.exp(-step / 2400)
+                        + draw.gauss(0, 0.008),
+                        "validation_tokens": 81920,
+                    },
+                )
+            )
         if step % 500 == 0:
-            lines.append(history.line(at, {"step": step, "event": f"saved in 0.4 s, written in 11.2 s: step-{step}", "kind": "checkpoint"}))
+            lines.append(
+                history.line(
+                    at, {"step": step, "event": f"saved in 0.4 s, written in 11.2 s: step-{step}", "kind": "checkpoint"}
+                )
+            )
         if step % 700 == 0:
-            lines.append(history.line(at, {"step": step, "event": f"cord-v2/train/{step * 128 + 5}: the image is cut short (12,288 of 40,112 bytes)", "kind": "bad sample"}))
+            lines.append(
+                history.line(
+                    at,
+                    {
+                        "step": step,
+                        "event": f"cord-v2/train/{step * 128 + 5}: the image is cut short (12,288 of 40,112 bytes)",
+                        "kind": "bad sample",
+                    },
+                )
+            )
     return lines
 
 
@@ -92,7 +123,13 @@ def chain(root: Path, last: int = 3200, state: str = "done") -> RunRecord:
     )  # fmt: skip
     imported, trained, exported, verified = run.steps
     gpus = {"gpus": 24, "nodes": "pool0-[0121-0123]"}
-    happened(imported, (0, "submitting", {"title": "m"}), (1, "submitted", {"job_id": 88120}), (3600, "started", {"job_id": 88120, **gpus}), (3690, "done", {}))
+    happened(
+        imported,
+        (0, "submitting", {"title": "m"}),
+        (1, "submitted", {"job_id": 88120}),
+        (3600, "started", {"job_id": 88120, **gpus}),
+        (3690, "done", {}),
+    )
     happened(
         trained, (2, "submitting", {"title": "m"}), (3, "submitted", {"job_id": 88121, "after": 88120}), (3900, "started", {"job_id": 88121, **gpus}),
         (7400, "requeued", {"job_id": 88121, "reason": "its time limit was near", "progress": 1500}), (7900, "started", {"job_id": 88121, **gpus}),
@@ -108,13 +145,46 @@ def chain(root: Path, last: int = 3200, state: str = "done") -> RunRecord:
             file.write(history.line(BEGIN + 9190, {"start": 2000, **start}))
             file.writelines(training_lines(range(2001, last), 2, 9200))
     note = "loss 0.701 · grad 0.83 · lr 4.1e-06 · 5.8k tok/s/GPU · MFU 41 % · images 11 % language 76 % waiting 8 %"
-    records.write_json(trained.directory / "progress.json", {"phase": "train", "done": last - 1, "total": 4000, "unit": "steps", "note": note})
+    records.write_json(
+        trained.directory / "progress.json",
+        {"phase": "train", "done": last - 1, "total": 4000, "unit": "steps", "note": note},
+    )
     if state == "failed":
-        happened(trained, (12000, "failed", {"exit_code": 1, "reason": "rank 5: loss is nan at step 3200 (of 262,144 tokens)\n  the last checkpoint is /work/sft/trained.steps/step-3000\n  rank log: logs/language.tp1.pp0.log"}))
+        happened(
+            trained,
+            (
+                12000,
+                "failed",
+                {
+                    "exit_code": 1,
+                    "reason": "rank 5: loss is nan at step 3200 (of 262,144 tokens)\n  the last checkpoint is /work/sft/trained.steps/step-3000\n  rank log: logs/language.tp1.pp0.log",
+                },
+            ),
+        )
     if state == "done":
         happened(trained, (12000, "done", {}))
-        happened(exported, (3, "submitted", {"job_id": 88122, "after": 88121}), (12100, "started", {"job_id": 88122, **gpus}), (12160, "done", {}))
-        happened(verified, (3, "submitted", {"job_id": 88123, "after": 88122}), (12200, "started", {"job_id": 88123, "gpus": 0, "nodes": "cpu-7"}), (12230, "done", {}))
-        records.write_json(exported.directory / "result.json", {"status": "ok", "summary": {"tensors": 760, "parity": {"verified": True, "equal": 760, "cast": 0, "unknown": 0}, "certificate": "/work/sft/hf/parity.json"}})
+        happened(
+            exported,
+            (3, "submitted", {"job_id": 88122, "after": 88121}),
+            (12100, "started", {"job_id": 88122, **gpus}),
+            (12160, "done", {}),
+        )
+        happened(
+            verified,
+            (3, "submitted", {"job_id": 88123, "after": 88122}),
+            (12200, "started", {"job_id": 88123, "gpus": 0, "nodes": "cpu-7"}),
+            (12230, "done", {}),
+        )
+        records.write_json(
+            exported.directory / "result.json",
+            {
+                "status": "ok",
+                "summary": {
+                    "tensors": 760,
+                    "parity": {"verified": True, "equal": 760, "cast": 0, "unknown": 0},
+                    "certificate": "/work/sft/hf/parity.json",
+                },
+            },
+        )
         records.write_json(verified.directory / "result.json", {"status": "ok", "summary": CERTIFICATE})
     return run

@@ -318,7 +318,7 @@ def _digests(made: ExportPlan, staging: Path, files: transfer.Files, world: Worl
     mine = [n for n, rank in plans.spread(sizes, world.size) if rank == world.rank]
     rows = RowReader(made.args.source, files)
     written = [(n, file_blocks(files, staging, made.tensors[n])) for n in mine]
-    before = [(n, _template_blocks(made, n, files, rows)) for n in mine if n in made.casts or n in made.merged]
+    before = [(n, template_blocks(made, n, files, rows)) for n in mine if n in made.casts or n in made.merged]
     total = sum(size for _, size in sizes)
     return {
         "written": tensor_digests(written, world, "verify", total),
@@ -326,7 +326,7 @@ def _digests(made: ExportPlan, staging: Path, files: transfer.Files, world: Worl
     }
 
 
-def _template_blocks(made: ExportPlan, name: str, files: transfer.Files, rows: RowReader) -> Blocks:
+def template_blocks(made: ExportPlan, name: str, files: transfer.Files, rows: RowReader) -> Blocks:
     """The bytes that an export without cast and adapter would write."""
     if name in made.matched.passed_through:
         assert made.passed is not None

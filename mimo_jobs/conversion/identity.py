@@ -6,6 +6,7 @@ the identities of a whole chain are known before any of it ran. The layout is no
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,46 @@ def of_verify(left: str, right: str, dtype: str | None, mtp: str) -> Identity:
     return {"job": "verify", "left": left, "right": right, "dtype": parse_options(dtype, mtp), "mtp": mtp}
 
 
+TRAINING = ("sft", "lora")
+_ELSEWHERE = ("source", "data", "target", "layout", "saving", "logging", "stop", "overwrite")
+_SPEED = ("workers", "prefetch")
+
+
+def of_training(job: str, source: str, arguments: Mapping[str, Any]) -> Identity:
+    """The identity of what a fine-tuning run makes; the layout changes its numbers by rounding only, so it is not part of it.
+
+    Args:
+        source: `of_checkpoint` of what the run begins with.
+    """
+    settings = {n: _plain(v) for n, v in arguments.items() if n not in _ELSEWHERE}
+    settings["dataset"] = {n: v for n, v in settings["dataset"].items() if n not in _SPEED}
+    settings.pop("validation")  # changes no weight
+    return {"job": job, "source": source, "data": of_data(arguments["data"]), **settings}
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def of_data(data: str) -> str:
+    """The revision of a data set: of local files their names, sizes and modification times, else the hub id itself.
+
+    Raises:
+        UserError: a local path that is not there.
+    """
+    place = Path(data)
+    if not place.exists():
+        return data
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    stats = [(str(p.relative_to(place.parent)), p.stat()) for p in files]
+    return digest({"files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]})
+
+
+def of_checkpoint(directory: Path) -> str:
+    """`of_mimo` or `of_hf`, whichever it is."""
+    return of_mimo(directory) if (directory / MANIFEST_NAME).exists() else of_hf(directory)
+
+
 def of_mimo(directory: Path) -> str:
     """The revision of a MIMO checkpoint: of the identity it carries, else of its manifest."""
     recorded = read_manifest(directory).identity
@@ -158,6 +199,9 @@ def expected(job: str, arguments: Mapping[str, Any], earlier: Mapping[str, Ident
         if adapter:
             adapter = digest(earlier[adapter]) if adapter in earlier else of_adapter(Path(adapter))
         return of_export(revision, rules, arguments["dtype"], arguments["mtp"], arguments["verify"], adapter)
+    if job in TRAINING:
+        made = earlier.get(arguments["source"])
+        return of_training(job, digest(made) if made else of_checkpoint(Path(arguments["source"])), arguments)
     if job == "verify" and arguments.get("certificate"):
         left, right = (of_hf(Path(arguments[side])) for side in ("left", "right"))
         return of_verify(left, right, arguments["dtype"], arguments["mtp"])

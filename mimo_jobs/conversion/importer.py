@@ -177,7 +177,7 @@ def run_import(args: ImportArgs, world: World) -> dict[str, Any]:
     if world.rank == 0:
         plan = journal.plan_digest(revision, args, versions()["mimo-jobs"])
         if not publish.open_staging(args.target, world.run_id, plan):
-            _write_companions(made, staging)
+            write_companions(made, staging)
             journal.begin(staging, plan)
     world.barrier("staging")
     with transfer.Files() as files:
@@ -205,6 +205,16 @@ def _tasks(
     for box, owner, chunk in made.writes:
         if owner == rank:
             yield partial(_write_box, made, box, chunk, files, staging, moved)
+    yield from passed_tasks(made, staging, files, rank, moved)
+    for owner, chunk, archive in made.object_writes:
+        if owner == rank:
+            yield partial(_write_object, files, staging, chunk, archive)
+
+
+def passed_tasks(
+    made: ImportPlan, staging: Path, files: transfer.Files, rank: int, moved: Callable[[int], None]
+) -> Iterable[Callable[[], None]]:
+    """This rank's share of the tensors that no component holds."""
     for name, owner in made.passed_ranks:
         if owner == rank:
             assert made.passed is not None
@@ -217,9 +227,6 @@ def _tasks(
     if rank == 0 and made.passed is not None:
         head = len(made.passed.header).to_bytes(8, "little") + made.passed.header
         yield lambda: transfer.write_full(files.writer(staging / PASSED_THROUGH_NAME), head, 0)
-    for owner, chunk, archive in made.object_writes:
-        if owner == rank:
-            yield partial(_write_object, files, staging, chunk, archive)
 
 
 def _write_object(files: transfer.Files, staging: Path, chunk: torch_dist.Chunk, archive: bytes) -> None:
@@ -271,7 +278,8 @@ def _source_digests(made: ImportPlan, files: transfer.Files, world: World) -> di
     return tensor_digests(jobs, world, "digest", sum(t.nbytes for t in tensors))
 
 
-def _write_companions(made: ImportPlan, staging: Path) -> None:
+def write_companions(made: ImportPlan, staging: Path) -> None:
+    """The small files of the source, and the headers that an export writes."""
     hf = staging / HF_DIR
     hf.mkdir()
     (staging / HEADERS_DIR).mkdir()
@@ -299,19 +307,22 @@ def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], made_of: i
     metadata = torch_dist.encode_metadata(made.tensors.values(), made.objects)
     (staging / torch_dist.METADATA_NAME).write_bytes(metadata)
     write_json(staging / torch_dist.FORMAT_NAME, torch_dist.FORMAT_JSON)
-    write_manifest(
-        Manifest(
-            model_type=made.family.model_type, rules_version=made.family.rules_version, config=made.config,
-            source={"path": str(made.args.model), "tensors": len(made.hf.tensors), "bytes": made.hf.nbytes},
-            layout=made.args.layout.as_layout(), digests=digests, casts=made.casts, aliases=made.matched.aliases,
-            passed_through=[n for n in made.matched.passed_through if n not in made.dropped], dropped=made.dropped,
-            files=made.files, companions=companion_digests(staging), versions=versions(),
-            identity=made_of,
-        ),
-        staging,
-    )  # fmt: skip
+    write_manifest(manifest_of(made, staging, digests, made.files, made_of), staging)
     world.check()
     publish.publish(staging, made.args.target, made.args.overwrite)
+
+
+def manifest_of(
+    made: ImportPlan, staging: Path, digests: dict[str, str], files: dict[str, int], made_of: identity.Identity
+) -> Manifest:
+    """The manifest of what lies in ``staging``, its companions written."""
+    return Manifest(
+        model_type=made.family.model_type, rules_version=made.family.rules_version, config=made.config,
+        source={"path": str(made.args.model), "tensors": len(made.hf.tensors), "bytes": made.hf.nbytes},
+        layout=made.args.layout.as_layout(), digests=digests, casts=made.casts, aliases=made.matched.aliases,
+        passed_through=[n for n in made.matched.passed_through if n not in made.dropped], dropped=made.dropped,
+        files=files, companions=companion_digests(staging), versions=versions(), identity=made_of,
+    )  # fmt: skip
 
 
 def _summary(made: ImportPlan) -> dict[str, Any]:

@@ -47,13 +47,28 @@ def _replace_in_megatron() -> None:
 
     # There is no CUDA generator to fork; dropout is 0 and weights come from checkpoints.
     setattr(CudaRNGStatesTracker, "fork", lambda *_args, **_kwargs: contextlib.nullcontext())  # noqa: B010
-    # Recomputation puts the generators back to where the first pass found them: here there is the CPU's alone.
-    setattr(random, "_get_all_rng_states", lambda: (torch.get_rng_state(), None, None))  # noqa: B010
-    setattr(random, "_set_all_rng_states", lambda cpu, *_cuda: torch.set_rng_state(cpu))  # noqa: B010
+    # Recomputation puts the generators back to where the first pass found them: here the CPU's, and those of adapters.
+    setattr(random, "_get_all_rng_states", _get_all_rng_states)  # noqa: B010
+    setattr(random, "_set_all_rng_states", _set_all_rng_states)  # noqa: B010
     # The original clips with multi_tensor_apply over "torch.cuda.FloatTensor" gradients.
     for module in (mimo_optimizer, clip_grads, distrib_optimizer, optimizer):
         if hasattr(module, "clip_grad_by_total_norm_fp32"):
             setattr(module, "clip_grad_by_total_norm_fp32", _clip_grad_by_total_norm_fp32)  # noqa: B010
+
+
+def _get_all_rng_states() -> tuple[torch.Tensor, None, dict[str, Any]]:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    tracker: Any = get_cuda_rng_tracker()
+    return torch.get_rng_state(), None, tracker.get_states()
+
+
+def _set_all_rng_states(cpu: torch.Tensor, _cuda: None, tracked: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    tracker: Any = get_cuda_rng_tracker()
+    torch.set_rng_state(cpu)
+    tracker.set_states(tracked)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -6,7 +6,7 @@ HTML beside it, placed in percent: so it keeps its size in a narrow window and o
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,11 @@ def line_chart(
     curves = []
     for line in lines:
         runs = _runs(kept[line.name], line.points, line.dots)
-        alone = kept[line.name] if line.dots or len(kept[line.name]) <= FEW_POINTS else [run[0] for run in runs if len(run) == 1]
+        alone = (
+            kept[line.name]
+            if line.dots or len(kept[line.name]) <= FEW_POINTS
+            else [run[0] for run in runs if len(run) == 1]
+        )
         curves.append(Curve(line.name, line.style, _path(runs, across, up), _dots(alone, across, up)))
     lost = sorted({x for line in lines for x, y in line.points if not usable(y)})
     return Chart(
@@ -117,7 +121,7 @@ def line_chart(
 
 
 def stacked_chart(
-    title: str, parts: dict[str, tuple[str, Sequence[Point]]], *, unit: str = "", marks: Iterable[int] = (), over: Point | None = None, wide: bool = False
+    title: str, parts: Mapping[str, tuple[str, Sequence[Point]]], *, unit: str = "", marks: Iterable[int] = (), over: Point | None = None, wide: bool = False
 ) -> Chart | None:  # fmt: skip
     """Parts of a whole on top of each other, name -> (style, points); a column is the mean of its steps. None when there is nothing."""
     by_step: dict[float, dict[str, float]] = {}
@@ -128,7 +132,10 @@ def stacked_chart(
     steps = sorted(by_step)
     if not steps:
         return None
-    groups = [steps[i : i + max(1, -(-len(steps) // MOST_BARS))] for i in range(0, len(steps), max(1, -(-len(steps) // MOST_BARS)))]
+    groups = [
+        steps[i : i + max(1, -(-len(steps) // MOST_BARS))]
+        for i in range(0, len(steps), max(1, -(-len(steps) // MOST_BARS)))
+    ]
     gap = (steps[-1] - steps[0]) / max(1, len(steps) - 1) or 1.0
     edges = [g[0] - gap / 2 for g in groups] + [steps[-1] + gap / 2]
     means = [{n: sum(by_step[x].get(n, 0.0) for x in g) / len(g) for n in parts} for g in groups]
@@ -139,12 +146,26 @@ def stacked_chart(
         above = [b + m[name] for b, m in zip(below, means, strict=True)]
         if any(a > b for a, b in zip(above, below, strict=True)):
             curves.append(Curve(name, style, _area(edges, below, above, across, up)))
-            lines.append({"name": name, "style": style, "x": [g[len(g) // 2] for g in groups], "y": [_short(m[name]) for m in means]})
+            lines.append(
+                {
+                    "name": name,
+                    "style": style,
+                    "x": [g[len(g) // 2] for g in groups],
+                    "y": [_short(m[name]) for m in means],
+                }
+            )
         below = above
     if not curves:
         return None
     lines.append({"name": "sum", "style": "", "x": lines[0]["x"], "y": [_short(b) for b in below]})
-    values = {"x": [across.low, across.high], "y": [0, up.high], "log": False, "unit": unit, "lines": lines, "stacked": True}
+    values = {
+        "x": [across.low, across.high],
+        "y": [0, up.high],
+        "log": False,
+        "unit": unit,
+        "lines": lines,
+        "stacked": True,
+    }
     return Chart(title, unit, curves, _x_ticks(across), _y_ticks(up), _marks(marks, across), [], values, wide)
 
 
@@ -232,7 +253,9 @@ def _y_ticks(up: Scale) -> list[Tick]:
 
 
 def _marks(steps: Iterable[int], across: Scale) -> list[Tick]:
-    return [Tick(across(x) / 10, f"resumed at step {x:,}") for x in dict.fromkeys(steps) if across.low <= x <= across.high]
+    return [
+        Tick(across(x) / 10, f"resumed at step {x:,}") for x in dict.fromkeys(steps) if across.low <= x <= across.high
+    ]
 
 
 def _runs(kept: Sequence[Point], every: Sequence[Point], joined: bool) -> list[list[Point]]:

@@ -3,7 +3,7 @@
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class Map:
     """Where the ranks of some steps are: their names, the components with their sizes, and the GPUs of every node."""
 
     steps: str
-    components: list[tuple[str, int, str, Mapping[str, int]]]
+    components: Sequence[tuple[str, int, str, Mapping[str, int]]]
     nodes: list[tuple[str, list[Cell]]]
     few: bool
     more: str
@@ -132,6 +132,12 @@ def of_run(run: RunRecord) -> Content:
     )
 
 
+def _part(about: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object in RUN.json; empty when it is missing or something else."""
+    found = about.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
 def moment(at: float | None) -> str:
     """``2026-11-22 20:55:01 UTC``, in this machine's zone; empty for None and for what no clock shows."""
     if not at:
@@ -163,10 +169,9 @@ def _facts(seen: SeenRun, logged: Mapping[str, History]) -> Iterator[Fact]:
         yield Fact("GPU", ", ".join(sorted(cards)))
     place = f"{about['cluster']}, " if about.get("cluster") else ""
     yield Fact("executor", run.executor, f"{place}from {about.get('host') or 'an unknown host'}")
-    code = about.get("code") if isinstance(about.get("code"), Mapping) else {}
-    assert isinstance(code, Mapping)
+    code = _part(about, "code")
     if commit := code.get("commit"):
-        dirty = len(code.get("dirty") or [])
+        dirty = len(code["dirty"]) if isinstance(code.get("dirty"), list) else 0
         yield Fact("commit", str(commit)[:12], f"and {dirty} file{'s' * (dirty != 1)} not committed" if dirty else "")
     yield Fact("record", str(run.root))
 
@@ -182,7 +187,9 @@ def _gpu_seconds(one: Seen, logged: History | None) -> float:
 def _row(one: Seen, logged: History | None) -> dict[str, str]:
     s = one.state
     layout = _layout(one.step.arguments)
-    again = [f"{s.attempts} attempts"] * (s.attempts > 1) + ["requeued once" if s.requeues == 1 else f"requeued {s.requeues} times"] * (s.requeues > 0)
+    again = [f"{s.attempts} attempts"] * (s.attempts > 1) + [
+        "requeued once" if s.requeues == 1 else f"requeued {s.requeues} times"
+    ] * (s.requeues > 0)
     if logged and logged.resumed:
         again.append(f"resumed at step {', '.join(f'{r:,}' for r in logged.resumed)}")
     hours = _gpu_seconds(one, logged) / 3600
@@ -198,7 +205,9 @@ def _row(one: Seen, logged: History | None) -> dict[str, str]:
 
 
 def _training(one: Seen, logged: History) -> Training:
-    bad = list({(e.step, e.text): e for e in logged.events if e.kind == "bad sample"}.values())  # a resumed run meets some again
+    bad = list(
+        {(e.step, e.text): e for e in logged.events if e.kind == "bad sample"}.values()
+    )  # a resumed run meets some again
     counted = int(_finite(logged.last.get("skipped")) or 0)
     return Training(
         one.step.name, list(_tiles(one, logged)), [c for c in _charts(logged) if c is not None], bad[:MOST_BAD], max(counted, len(bad)), len(bad)
@@ -223,14 +232,24 @@ def _tiles(one: Seen, logged: History) -> Iterator[Fact]:
     tokens = [v for _, v in logged.series("tokens") if charts.usable(v)]
     if tokens:
         whole = len(tokens) == last
-        yield Fact("tokens", charts.compact(sum(tokens) * (1 if whole else last / len(tokens))), "" if whole else "about")
+        yield Fact(
+            "tokens", charts.compact(sum(tokens) * (1 if whole else last / len(tokens))), "" if whole else "about"
+        )
     for name, title, factor, unit in (
         ("tokens_per_second_per_gpu", "tokens/s/GPU", 1, "median"), ("mfu", "MFU", 100, "median"), ("seconds", "step time", 1, "median"),
     ):  # fmt: skip
-        values = [v for _, v in logged.series(name)[1:] or logged.series(name) if charts.usable(v)]  # the first step warms up
+        values = [
+            v for _, v in logged.series(name)[1:] or logged.series(name) if charts.usable(v)
+        ]  # the first step warms up
         if values:
             middle = statistics.median(values) * factor
-            yield Fact(title, f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}" + {"MFU": " %", "step time": " s"}.get(title, ""), unit)
+            yield Fact(
+                title,
+                f"{middle:,.0f}"
+                if middle >= 1000
+                else f"{middle:.3g}" + {"MFU": " %", "step time": " s"}.get(title, ""),
+                unit,
+            )
     memory = [v for _, v in logged.series("memory_bytes") if charts.usable(v)]
     if memory and max(memory) > 0:
         yield Fact("peak memory", size(max(memory)), "of one GPU")
@@ -253,11 +272,27 @@ def _charts(logged: History) -> Iterator[Chart | None]:
     if other := logged.series("lr_images"):
         rates.append(Line("lr of images", other, "second"))
     yield charts.line_chart("Learning rate", [r for r in rates if r.points], zero=True, marks=marks, over=over)
-    yield charts.line_chart("Gradient norm", [Line("norm", logged.series("grad_norm"), "first fine")], log=True, zero=True, marks=marks, over=over)
+    yield charts.line_chart(
+        "Gradient norm",
+        [Line("norm", logged.series("grad_norm"), "first fine")],
+        log=True,
+        zero=True,
+        marks=marks,
+        over=over,
+    )
     speed = logged.series("tokens_per_second_per_gpu")
-    yield charts.line_chart("Throughput", [Line("tokens/s/GPU", speed, "first fine")], unit="tokens/s/GPU", zero=True, marks=marks, over=over)
+    yield charts.line_chart(
+        "Throughput",
+        [Line("tokens/s/GPU", speed, "first fine")],
+        unit="tokens/s/GPU",
+        zero=True,
+        marks=marks,
+        over=over,
+    )
     share = [(x, 100 * y) for x, y in logged.series("mfu")]
-    yield charts.line_chart("Model FLOPs utilisation", [Line("MFU", share, "first fine")], unit="%", zero=True, marks=marks, over=over)
+    yield charts.line_chart(
+        "Model FLOPs utilisation", [Line("MFU", share, "first fine")], unit="%", zero=True, marks=marks, over=over
+    )
     names = dict.fromkeys(n for values in logged.steps.values() for n in values if n.startswith("seconds."))
     known = [p for p in PARTS if f"seconds.{p}" in names]
     others = [p for n in names if (p := n.removeprefix("seconds.")) not in PARTS]
@@ -283,24 +318,39 @@ def _maps(run: RunRecord) -> Iterator[Map]:
     for step in run.steps:
         if (layout := _layout(step.arguments)) is not None and layout.world_size <= MOST_NODES * 8:
             layouts.setdefault(repr((layout.as_layout(), layout.world_size)), (layout, []))[1].append(step.name)
-    profile = run.about.get("profile")
-    gpus = profile.get("gpus_per_node") if isinstance(profile, Mapping) and not pipeline.is_local(run.executor) else None
+    gpus = None if pipeline.is_local(run.executor) else _part(run.about, "profile").get("gpus_per_node")
     for layout, steps in layouts.values():
-        here = type(gpus) is not int or not 1 <= gpus <= 64
-        placed = placement.place_ranks(layout.world_size, min(layout.world_size, console.GPUS_PER_NODE)) if here else placement.place(layout, gpus)  # type: ignore[arg-type]
+        here = (
+            type(gpus) is not int or not 1 <= gpus <= 64
+        )  # of this machine's ranks it is not known which GPU they use
+        few = min(layout.world_size, console.GPUS_PER_NODE)
+        placed = (
+            placement.place_ranks(layout.world_size, few)
+            if type(gpus) is not int or here
+            else placement.place(layout, gpus)
+        )
         numbers = {name: i for i, name in enumerate(layout.components)}
         nodes = []
         for i, ranks in enumerate(placed.nodes):
-            cells = [Cell(r, tuple((c.name, numbers[c.name], _at(c, r)) for c in layout.components_of(r))) for r in ranks]
+            cells = [
+                Cell(r, tuple((c.name, numbers[c.name], _at(c, r)) for c in layout.components_of(r))) for r in ranks
+            ]
             idle = [Cell(None)] * (0 if here else placed.gpus_per_node - len(ranks))
-            nodes.append((f"node {i}" if not here else f"ranks {console.ranks_text(range(ranks[0], ranks[-1] + 1))}", cells + idle))
+            nodes.append(
+                (
+                    f"node {i}" if not here else f"ranks {console.ranks_text(range(ranks[0], ranks[-1] + 1))}",
+                    cells + idle,
+                )
+            )
         components = [
             (c.name, numbers[c.name], console.ranks_text(c.ranks), {n: getattr(c, n) for n in ("tp", "pp", "dp", "cp", "ep")})
             for c in layout.components.values()
         ]  # fmt: skip
         where = "components share the ranks" if layout.colocated else "components on disjoint ranks"
         idle = "" if here else f"; {placed.idle} of {len(placed.nodes) * placed.gpus_per_node} GPUs idle"
-        yield Map(", ".join(steps), components, nodes, len(nodes) <= FEW_NODES, f"{layout.world_size} ranks, {where}{idle}")
+        yield Map(
+            ", ".join(steps), components, nodes, len(nodes) <= FEW_NODES, f"{layout.world_size} ranks, {where}{idle}"
+        )
 
 
 def _at(component: Any, rank: int) -> str:
@@ -326,9 +376,21 @@ def _parity(seen: SeenRun) -> Iterator[tuple[str, bool, list[Fact]]]:
                 yield one.step.name, bool(found["equal"]), facts
             elif one.step.job == "export_hf" and isinstance(found.get("parity"), Mapping):
                 parity = found["parity"]
-                said = f"{parity['equal']:,} of {found['tensors']:,} tensors have the digests of the source" if parity["verified"] else "not verified (verify=false)"
-                facts = [Fact("result", said), Fact("cast", str(parity["cast"])), Fact("certificate", str(found["certificate"]))]
-                yield one.step.name, bool(parity["verified"]) and parity["equal"] + parity["cast"] == found["tensors"], facts
+                said = (
+                    f"{parity['equal']:,} of {found['tensors']:,} tensors have the digests of the source"
+                    if parity["verified"]
+                    else "not verified (verify=false)"
+                )
+                facts = [
+                    Fact("result", said),
+                    Fact("cast", str(parity["cast"])),
+                    Fact("certificate", str(found["certificate"])),
+                ]
+                yield (
+                    one.step.name,
+                    bool(parity["verified"]) and parity["equal"] + parity["cast"] == found["tensors"],
+                    facts,
+                )
         except (KeyError, TypeError, ValueError, AttributeError):
             yield one.step.name, False, [Fact("result", "its certificate is damaged")]
 
@@ -337,8 +399,16 @@ def _events(seen: SeenRun, logged: Mapping[str, History]) -> Iterator[Happened]:
     for one in seen.steps:
         name = one.step.name
         for event in one.step.events():
-            beside = {k: v for k, v in event.items() if k not in ("time", "event", "reason", "title", "seen_by", "pid") and v not in (None, "", 0)}
-            text = "; ".join(filter(None, [str(event.get("reason") or ""), *(f"{k.replace('_', ' ')} {v}" for k, v in beside.items())]))
+            beside = {
+                k: v
+                for k, v in event.items()
+                if k not in ("time", "event", "reason", "title", "seen_by", "pid") and v not in (None, "", 0)
+            }
+            text = "; ".join(
+                filter(
+                    None, [str(event.get("reason") or ""), *(f"{k.replace('_', ' ')} {v}" for k, v in beside.items())]
+                )
+            )
             yield Happened(event["time"], name, event["event"], text)
         for event in logged[name].events if name in logged else ():
             if event.kind != "bad sample":
@@ -352,12 +422,17 @@ def _configuration(run: RunRecord) -> Iterator[tuple[str, list[Fact]]]:
     """Every field of every step, the executor's, and the versions. What is named like a secret is not shown: reports are sent around."""
     written = read_json(run.root / "config.json") or {}
     sections: dict[str, Any] = {s.name: written.get(s.name) or flat(s.arguments) for s in run.steps}
-    sections["executor"] = flat(run.about.get("profile") or {})
-    sections["versions"] = run.about.get("versions") or {}
-    sections["command"] = {"nemo-run": " ".join(map(str, run.about.get("command") or [])), "directory": run.about.get("directory")}
+    sections["executor"] = flat(_part(run.about, "profile"))
+    sections["versions"] = _part(run.about, "versions")
+    words = run.about.get("command")
+    if isinstance(words, list):
+        sections["command"] = {"nemo-run": " ".join(map(str, words)), "directory": run.about.get("directory")}
     for name, fields in sections.items():
         if isinstance(fields, Mapping) and fields:
-            yield name, [Fact(str(k), "(not shown)" if SECRET.search(str(k)) and v else _text(v)) for k, v in fields.items()]
+            yield (
+                name,
+                [Fact(str(k), "(not shown)" if SECRET.search(str(k)) and v else _text(v)) for k, v in fields.items()],
+            )
 
 
 def _text(value: Any) -> str:

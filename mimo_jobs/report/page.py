@@ -21,7 +21,11 @@ HERE = Path(__file__).parent
 def rendered(run: RunRecord) -> str:
     """The HTML of a run. Its only script is named by digest in the page's own policy, so that no other runs, whatever a record holds."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     style, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -49,5 +53,7 @@ def write(run: RunRecord, target: str | None) -> Path | None:
         os.replace(partial, place)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{place}: {error.strerror or error}; give another file: nemo-run report {run.run_id} -o FILE") from None
+        raise UserError(
+            f"{place}: {error.strerror or error}; give another file: nemo-run report {run.run_id} -o FILE"
+        ) from None
     return place

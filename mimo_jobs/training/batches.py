@@ -92,7 +92,8 @@ class StepTable:
     Attributes:
         rows: row -> its good samples, as positions in ``ids``.
         ids: name of every sample of the step, bad ones included.
-        image_tokens, tokens, loss_tokens: int64, of each sample.
+        tokens, image_tokens, loss_tokens: int64, of each sample.
+        patch_pairs: int64, pairs of patches that attend to each other, of each sample.
         bad: positions of samples that are left out.
     """
 
@@ -101,6 +102,7 @@ class StepTable:
     tokens: np.ndarray
     image_tokens: np.ndarray
     loss_tokens: np.ndarray
+    patch_pairs: np.ndarray
     bad: Sequence[int] = ()
 
     def total(self, what: np.ndarray) -> int:

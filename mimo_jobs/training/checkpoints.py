@@ -10,7 +10,6 @@ TARGET.steps/
 ```
 """
 
-import json
 import os
 import queue
 import re

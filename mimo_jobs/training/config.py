@@ -129,6 +129,19 @@ class Logging:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """When a run that goes wrong ends by itself; a loss that is not finite always ends it.
+
+    Args:
+        max_loss: end when the loss of a step is above this
+        spike: end when the loss of a step is this many times the median of the last 32
+    """
+
+    max_loss: float | None = None
+    spike: float | None = None
+
+
+@dataclass(frozen=True)
 class Lora:
     """Low-rank adapters, in the terms of PEFT's ``LoraConfig``.
 

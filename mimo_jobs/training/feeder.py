@@ -31,7 +31,7 @@ from mimo_jobs.training.data import Encoder, Loaded, Loader, Source, Want
 from mimo_jobs.training.rows import Rows
 
 _UNKNOWN = -(1 << 40)
-_TOKENS, _IMAGE_TOKENS, _LESS_IMAGE_TOKENS, _LOSS_TOKENS, _BAD = range(5)
+_TOKENS, _IMAGE_TOKENS, _LESS_IMAGE_TOKENS, _LOSS_TOKENS, _PATCH_PAIRS, _BAD = range(6)
 STEPS_AHEAD = 2
 
 
@@ -111,7 +111,8 @@ class Feeder:
     def _put(self, value: Step | BaseException | None) -> None:
         while not self._closing.is_set():
             try:
-                return self._ready.put(value, timeout=0.2)
+                self._ready.put(value, timeout=0.2)
+                return
             except queue.Full:
                 continue
 
@@ -143,7 +144,7 @@ class Feeder:
         positions = iter(range(len(ids)))
         good = [[p for _ in row if (p := next(positions)) not in bad] for row in rows]
         table = StepTable(
-            good, ids, *(np.where(found[:, c] > 0, found[:, c], 0) for c in (_TOKENS, _IMAGE_TOKENS, _LOSS_TOKENS)), sorted(bad)
+            good, ids, *(np.where(found[:, c] > 0, found[:, c], 0) for c in (_TOKENS, _IMAGE_TOKENS, _LOSS_TOKENS, _PATCH_PAIRS)), sorted(bad)
         )  # fmt: skip
         told = [problems[p] for p in sorted(problems)]
         if told and self._settings.on_bad == "stop":
@@ -153,8 +154,8 @@ class Feeder:
         return Step(number, table, self._microbatches(table, {one.row: one for one in loaded}), told)
 
     def _agreed(self, count: int, loaded: list[Loaded]) -> np.ndarray:
-        """int64 (samples, 5) over all ranks; columns as named above, `_UNKNOWN` where nobody knows."""
-        known = torch.full((count, 5), _UNKNOWN, dtype=torch.int64)
+        """int64 (samples, 6) over all ranks; columns as named above, `_UNKNOWN` where nobody knows."""
+        known = torch.full((count, 6), _UNKNOWN, dtype=torch.int64)
         merge = self._built.hf.vision_config.spatial_merge_size**2
         for one in loaded:
             if one.problem:
@@ -171,6 +172,7 @@ class Feeder:
             assert images is not None
             tokens = int(images.prod(-1).sum()) // merge if len(images) else 0
             known[one.row, _IMAGE_TOKENS], known[one.row, _LESS_IMAGE_TOKENS] = tokens, -tokens
+            known[one.row, _PATCH_PAIRS] = int((images[:, 0] * (images[:, 1] * images[:, 2]) ** 2).sum())
         if count:
             dist.all_reduce(known, dist.ReduceOp.MAX, self._group)
         return known.numpy()

@@ -5,6 +5,7 @@ no network) is said once.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import queue
@@ -29,10 +30,16 @@ LONGEST = 250  # characters of a parameter at MLflow
 
 def check(logging: Logging) -> None:
     """Raise a `UsageError` when a package that ``logging`` asks for is not installed. Imports none of them."""
-    asked = {"tensorboard": ("tensorboard", logging.tensorboard), "wandb": ("wandb", logging.wandb), "mlflow": ("mlflow", logging.mlflow)}
+    asked = {
+        "tensorboard": ("tensorboard", logging.tensorboard),
+        "wandb": ("wandb", logging.wandb),
+        "mlflow": ("mlflow", logging.mlflow),
+    }
     for field, (package, wanted) in asked.items():
         spec = importlib.util.find_spec(package) if wanted else None
-        if wanted and (spec is None or spec.origin is None):  # no origin: a directory of that name, which W&B itself makes
+        if wanted and (
+            spec is None or spec.origin is None
+        ):  # no origin: a directory of that name, which W&B itself makes
             value, off = ("true", "false") if wanted is True else (wanted, "none")
             raise UsageError(
                 f"logging.{field}={value}: {package} is not installed; pip install {package}, or set logging.{field}={off}"
@@ -73,9 +80,17 @@ class Metrics:
         if self.logging.tensorboard:
             self._open("TensorBoard", lambda: _TensorBoard(self.directory / TENSORBOARD, self.config, self.resumed_at))
         if self.logging.wandb:
-            self._open("Weights & Biases", lambda: _Apart("Weights & Biases", lambda: _Wandb(self.directory, self.logging, self.config), self._failed))
+            self._open(
+                "Weights & Biases",
+                lambda: _Apart(
+                    "Weights & Biases", lambda: _Wandb(self.directory, self.logging, self.config), self._failed
+                ),
+            )
         if self.logging.mlflow:
-            self._open("MLflow", lambda: _Apart("MLflow", lambda: _Mlflow(self.directory, self.logging, self.config), self._failed))
+            self._open(
+                "MLflow",
+                lambda: _Apart("MLflow", lambda: _Mlflow(self.directory, self.logging, self.config), self._failed),
+            )
         return self
 
     def log(self, step: int, values: Values) -> None:
@@ -160,7 +175,9 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(directory), purge_step=resumed_at + 1 if resumed_at else None)
-        self.writer.add_text("config", "    " + json.dumps(config, indent=2, default=str).replace("\n", "\n    "), resumed_at)
+        self.writer.add_text(
+            "config", "    " + json.dumps(config, indent=2, default=str).replace("\n", "\n    "), resumed_at
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -218,11 +235,15 @@ class _Wandb:
     """A run at Weights & Biases, the same one after a resumption. Account and host are taken from its own settings."""
 
     def __init__(self, directory: Path, logging: Logging, config: Mapping[str, Any]) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")  # not a dependency: linters do not find it
         known = _trackers(directory)
         self.run: Any = wandb.init(
-            project=logging.wandb, name=logging.name, id=known.get("wandb"), resume="allow", config=dict(config), dir=str(directory)
+            project=logging.wandb,
+            name=logging.name,
+            id=known.get("wandb"),
+            resume="allow",
+            config=dict(config),
+            dir=str(directory),
         )
         # Steps as a value: W&B's own count cannot go back to the step of a checkpoint.
         self.run.define_metric("step")
@@ -243,9 +264,8 @@ class _Mlflow:
     """A run of the experiment ``mimo_jobs`` at an MLflow server, the same one after a resumption."""
 
     def __init__(self, directory: Path, logging: Logging, config: Mapping[str, Any]) -> None:
-        from mlflow import MlflowClient
-
-        self.client: Any = MlflowClient(logging.mlflow)
+        self.mlflow: Any = importlib.import_module("mlflow")
+        self.client: Any = self.mlflow.MlflowClient(logging.mlflow)
         self.run_id = _trackers(directory).get("mlflow")
         if self.run_id is None:
             known = self.client.get_experiment_by_name("mimo_jobs")
@@ -258,10 +278,10 @@ class _Mlflow:
             self.client.update_run(self.run_id, status="RUNNING")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(n, float(v), now, step) for n, v in values.items()])
+        self.client.log_batch(
+            self.run_id, metrics=[self.mlflow.entities.Metric(n, float(v), now, step) for n, v in values.items()]
+        )
 
     def event(self, step: int, text: str, kind: Kind) -> None:
         self.client.set_tag(self.run_id, f"last {kind}", f"step {step}: {text}")

@@ -61,6 +61,28 @@ def is_loss_rank(built: BuiltModel) -> bool:
     return groups is not None and groups.tp.rank() == 0 and groups.pp.rank() == groups.pp.size() - 1
 
 
+def watch_images(built: BuiltModel, watch: Stopwatch) -> None:
+    """Count the tower's forward and backward passes as images, on ranks that have both components."""
+    tower = built.vision
+    if tower is None or built.language is None:
+        return
+
+    def started(_module: object, _inputs: object) -> None:
+        watch.start(IMAGES)
+
+    def ended(_module: object, _inputs: object, output: Tensor) -> None:
+        watch.stop(IMAGES)
+        if output.grad_fn is not None:
+            output.register_hook(lambda _gradient: watch.start(IMAGES))
+
+    tower.register_forward_pre_hook(started)
+    tower.register_forward_hook(ended)
+    # The gradient of the first layer comes last.
+    trained = [p for p in tower.parameters() if p.requires_grad]
+    if trained:
+        trained[0].register_post_accumulate_grad_hook(lambda _parameter: watch.stop(IMAGES))
+
+
 def run_step(
     built: BuiltModel, microbatches: Sequence[Microbatch], loss_tokens: int, watch: Stopwatch, *, train: bool = True
 ) -> Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,27 +15,44 @@ class Stopwatch:
         self._cuda = torch.cuda.is_available()
         self._spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
         self._seconds: dict[str, float] = {}
+        self._begun: dict[str, Any] = {}
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time of a stretch to ``name``."""
-        if not self._cuda:
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin = self._now()
         try:
             yield
         finally:
-            end.record()
+            self._add(name, begin)
+
+    def start(self, name: str) -> None:
+        """Begin a stretch that ends with `stop`, for what is no block of code; one at a time for each name."""
+        self._begun[name] = self._now()
+
+    def stop(self, name: str) -> None:
+        """End the stretch that was begun, if one was."""
+        if name in self._begun:
+            self._add(name, self._begun.pop(name))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, name: str, begin: Any) -> None:
+        end = self._now()
+        if self._cuda:
             self._spans.setdefault(name, []).append((begin, end))
+        else:
+            self._seconds[name] = self._seconds.get(name, 0.0) + end - begin
 
     def read(self) -> dict[str, float]:
-        """Seconds by name since the last call; on a GPU everything recorded must have been synchronised with."""
+        """Seconds by name since the last call; waits for what is recorded, which at the end of a step is over."""
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
         found, self._seconds = self._seconds, {}
         for name, pairs in self._spans.items():
             found[name] = found.get(name, 0.0) + sum(a.elapsed_time(b) for a, b in pairs) / 1000

@@ -30,7 +30,9 @@ class Browser:
     def command(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command of the DevTools protocol and return its result."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.number, "method": method, "params": parameters} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self.write, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._message()
@@ -59,12 +61,18 @@ class Browser:
             self.said.append(found["entry"]["text"])
         elif method == "Page.javascriptDialogOpening":
             self.said.append(f"dialog: {found['message']}")
-        elif method == "Network.requestWillBeSent" and found["type"] != "Document" and not found["request"]["url"].startswith("data:"):
+        elif (
+            method == "Network.requestWillBeSent"
+            and found["type"] != "Document"
+            and not found["request"]["url"].startswith("data:")
+        ):
             self.asked.append(found["request"]["url"])
 
     def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False, media: str = "screen") -> None:
         """Load a file and wait until it is shown."""
-        self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.command("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.seen.clear()

@@ -1,5 +1,6 @@
 """PEFT directories: what PEFT writes loads here, what is written here loads in PEFT, bit for bit and with the same logits."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from mimo_jobs.modeling.forward import forward_logits, mrope_position_ids
 from mimo_jobs.modeling.lora import add_adapters
 from mimo_jobs.training.config import Lora
 from mimo_jobs.weights.adapters import targeted
+from tests.conversion_ranks import convert
 from tests.gloo.adapters import gradients, live_adapters, peft_model, wrap
 from tests.gloo.batches import SAME_SIZE, VARIED, Batch, hf_logits, image_batch, tiny
 from tests.gloo.processes import run_ranks
 from tests.gloo.reference_weights import load_reference
+from tests.gloo.test_import_into_model import as_hf, plain
 
 pytestmark = pytest.mark.gloo
 
@@ -91,6 +94,31 @@ def _fill_and_write(
     return forward_logits(built, batch.input_ids, positions, batch.pixel_values, batch.grid_thw)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_a_merged_export_is_what_peft_merges(tmp_path: Path, dtype: torch.dtype, bound: float) -> None:
+    """fp32: to 1e-6; bf16: relative to each value, one rounding of it."""
+    config, model = tiny(tied=True)
+    base = copy.deepcopy(model).to(dtype)
+    modules = targeted(family_of(config).weight_map(config), "language,images")
+    theirs = peft_model(model, modules, r=4, lora_alpha=6)
+    theirs.save_pretrained(tmp_path / "adapter")
+    source = as_hf(tmp_path / "hf", config, {n: t.detach() for n, t in base.state_dict().items()})
+    for layout, job, arguments in (
+        (PP2, "import", {"model": source, "target": tmp_path / "mimo"}),
+        (TP2, "export", {"source": tmp_path / "mimo", "target": tmp_path / "out", "adapter": tmp_path / "adapter"}),
+    ):
+        convert(tmp_path / job, job, plain(layout), **{n: str(path) for n, path in arguments.items()})
+    merged = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    ours = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert ours.keys() == merged.keys() - {"lm_head.weight"}
+    for name, found in ours.items():
+        assert found.dtype == merged[name].dtype
+        difference, scale = (found.double() - merged[name].double()).abs(), merged[name].double().abs()
+        assert (difference <= (bound if dtype == torch.float32 else bound * scale)).all(), name
+        if name.removesuffix(".weight") not in modules:
+            assert torch.equal(found, merged[name])
+
+
 TP2, PP2 = ParallelLayout(Layout(tp=2), Layout(tp=2), 2), ParallelLayout(Layout(pp=2), Layout())
 
 
@@ -102,7 +130,9 @@ def test_adapters_and_optimizer_go_on_in_another_layout(tmp_path: Path) -> None:
     saved = run_ranks(2, _train, config, model.state_dict(), TP2, tmp_path, batch)
     loaded = run_ranks(3, _go_on, config, model.state_dict(), PP2, tmp_path, batch)
     assert saved + loaded == pytest.approx([saved[0]] * 5, rel=1e-4)
-    started, tp, pp = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("started", "tp", "pp"))
+    names = ("started", "started at pp2", "tp", "pp")
+    started, same, tp, pp = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    assert all(torch.equal(started[n], same[n]) for n in started)
     assert tp.keys() == pp.keys() and max((tp[n] - pp[n]).abs().max().item() for n in tp) < 1e-5
     assert all((tp[n] - started[n]).abs().mean() > 1e-4 for n in tp)
 
@@ -149,6 +179,7 @@ def _train(config: dict[str, Any], weights: dict, layout: ParallelLayout, root: 
 
 def _go_on(config: dict[str, Any], weights: dict, layout: ParallelLayout, root: Path, batch: Batch) -> float:
     built, wrapped, optimizer = _started(config, weights, layout)
+    write_peft(built, root / "started at pp2", "base", LORA)
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     # torch's Adam keeps "step" among its states, which megatron-core stores with the groups and then misses here
     DistributedOptimizer._set_main_param_and_optimizer_states = lambda o, p, t: set_states(o, p, {"step": None, **t})

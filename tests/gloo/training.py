@@ -61,6 +61,7 @@ def table_of(samples: list[Sample], rows: list[list[int]]) -> StepTable:
         np.array([len(s.input_ids) for s in samples]),
         np.array(images),
         np.array([int((s.labels != IGNORED).sum()) for s in samples]),
+        np.array([int((s.image_grid_thw.prod(-1) ** 2).sum()) for s in samples]),
     )
 
 

@@ -68,9 +68,9 @@ def test_other_files_are_refused(tmp_path: Path, entries: list, message: str) ->
 
 
 def test_directories_without_an_adapter_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no directory with an adapter_config.json"):
+    with pytest.raises(UserError, match=f"is no directory with an {CONFIG_NAME}"):
         read_peft(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="has no adapter_config.json"):
+    with pytest.raises(UserError, match=f"has no {CONFIG_NAME}"):
         read_peft(tmp_path)
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     with pytest.raises(UserError, match=f"has no {WEIGHTS_NAME}$"):
@@ -84,7 +84,7 @@ def test_directories_without_an_adapter_are_named(tmp_path: Path) -> None:
     ("targets", "written"),
     [
         ("q_proj,v_proj", ["q_proj", "v_proj"]),
-        ("language", "down_proj gate_proj in_proj_a in_proj_b in_proj_qkv in_proj_z k_proj o_proj out_proj q_proj up_proj v_proj".split()),
+        ("language", ["down_proj", "gate_proj", "in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z", "k_proj", "o_proj", "out_proj", "q_proj", "up_proj", "v_proj"]),
         ("images", ["attn.proj", "linear_fc1", "linear_fc2", "qkv"]),  # patch_embed.proj is not one of them
         ("merger.linear_fc1", ["merger.linear_fc1"]),
         ("model.language_model.layers.0.mlp.up_proj", ["model.language_model.layers.0.mlp.up_proj"]),

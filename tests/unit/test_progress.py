@@ -97,7 +97,9 @@ def running(tmp_path, monkeypatch):
     about = {"run_id": "sft-1", "recipe": "sft", "executor": "local", "host": os.uname().nodename, "pid": os.getpid()}
     records.RunRecord(root, [step, after], about).write()
     step.add("started")
-    records.write_json(directory / "progress.json", {"phase": "train", "done": 120, "total": 1000, "unit": "steps", "note": NOTE})
+    records.write_json(
+        directory / "progress.json", {"phase": "train", "done": 120, "total": 1000, "unit": "steps", "note": NOTE}
+    )
     return step
 
 

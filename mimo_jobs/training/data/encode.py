@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,22 +91,23 @@ class Encoder:
             verbose=False,  # longer than the model's maximum: max_length decides
             add_special_tokens=not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token)),
         )
-        ids = torch.tensor(found["input_ids"], dtype=torch.int64)
+        # numpy: ten times faster than torch for so few numbers
+        ids = np.array(found["input_ids"], np.int64)
         images = ids == self.image_token_id
-        if int(images.sum()) != len(grids):
-            raise BadSample(f"the chat template wrote {int(images.sum())} image tokens for {len(grids)} images")
+        if images.sum() != len(grids):
+            raise BadSample(f"the chat template wrote {images.sum()} image tokens for {len(grids)} images")
         learned = _overlaps(found["offset_mapping"], spans) & ~images
-        repeats = torch.ones_like(ids)
-        repeats[images] = grids.prod(1) // self.merge**2
+        repeats = np.ones_like(ids)
+        repeats[images] = grids.prod(1).numpy() // self.merge**2
         length = int(repeats.sum())
         if length > self.settings.max_length:
             raise BadSample(f"{length} tokens are more than dataset.max_length={self.settings.max_length}")
-        ids, learned = ids.repeat_interleave(repeats), learned.repeat_interleave(repeats)
-        labels = torch.full_like(ids, IGNORED)
-        labels[:-1] = torch.where(learned[1:], ids[1:], IGNORED)
-        if not bool((labels != IGNORED).any()):
+        ids, learned = ids.repeat(repeats), learned.repeat(repeats)
+        labels = np.full_like(ids, IGNORED)
+        labels[:-1] = np.where(learned[1:], ids[1:], IGNORED)
+        if not (labels != IGNORED).any():
             raise BadSample("no token of the assistant to learn from")
-        return Encoded(ids, labels, grids)
+        return Encoded(torch.from_numpy(ids), torch.from_numpy(labels), grids)
 
     def grids(self, images: Sequence[ImageRef]) -> Tensor:
         """int64[images, 3]: patches of each image, from its size alone.
@@ -235,14 +237,14 @@ class Encoder:
         return texts[0], found
 
 
-def _overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> Tensor:
+def _overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
     """bool[tokens]: whether a token has a character in one of the spans; both ascend."""
     done, place = [], 0
     for start, stop in offsets:
         while place < len(spans) and spans[place][1] <= start:
             place += 1
         done.append(place < len(spans) and stop > start and stop > spans[place][0])
-    return torch.tensor(done, dtype=torch.bool)
+    return np.array(done, bool)
 
 
 def _load(directory: str) -> Any:

@@ -29,7 +29,9 @@ def _matrices(module):
     """Weights that are multiplied with activations: not the tables, which are only looked up."""
     import torch
 
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear | torch.nn.modules.conv._ConvNd))
+    return sum(
+        m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear | torch.nn.modules.conv._ConvNd)
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -42,7 +44,10 @@ def test_the_weights_cost_twice_their_number(name):
     merged = _matrices(visual.merger)
     assert cost.patch == 2 * (_matrices(visual) - merged) + 2 * merged / visual.spatial_merge_size**2
     # What is left out, norms and biases, is little. Tables are looked up, not multiplied.
-    every = sum(p.numel() for p in model.model.language_model.parameters()) - model.model.language_model.embed_tokens.weight.numel()
+    every = (
+        sum(p.numel() for p in model.model.language_model.parameters())
+        - model.model.language_model.embed_tokens.weight.numel()
+    )
     assert cost.token / 2 == pytest.approx(every, rel=0.01)
 
 

@@ -171,7 +171,10 @@ def test_a_service_has_everything_when_training_ends_and_the_same_run_goes_on(tm
     with Metrics(tmp_path, WANDB, {"lr": 1}, 0) as log:
         log.log(1, {"loss": 1.0, "seconds": {"images": 2.0}})
         log.validation(1, 0.5, 10)
-    assert runs[0].logged == [{"step": 1, "loss": 1.0, "seconds/images": 2.0}, {"step": 1, "validation_loss": 0.5, "validation_tokens": 10}]
+    assert runs[0].logged == [
+        {"step": 1, "loss": 1.0, "seconds/images": 2.0},
+        {"step": 1, "validation_loss": 0.5, "validation_tokens": 10},
+    ]
     assert runs[0].finished == [0] and asked[0]["project"] == "project" and asked[0]["name"] == "mine"
     with pytest.raises(ZeroDivisionError), Metrics(tmp_path, WANDB, {}, 1):
         raise ZeroDivisionError

@@ -57,6 +57,35 @@ def picture(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def merging_processor(processor_directory, tmp_path_factory) -> Path:
+    """The processor with a tokenizer that merges characters, as real ones do, also over the borders of an answer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoProcessor, Qwen3_5Tokenizer
+
+    from mimo_jobs.conversion.tiny import SPECIAL_TOKENS
+
+    processor = AutoProcessor.from_pretrained(processor_directory, local_files_only=True)
+    backend = processor.tokenizer.backend_tokenizer
+    trained = Tokenizer(models.BPE())
+    trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    corpus = [
+        Path(__file__).with_name(f"{name}.py").read_text() for name in ("templates", "test_labels", "test_schemas")
+    ]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    processor.tokenizer = Qwen3_5Tokenizer(
+        vocab=model["vocab"], merges=list(map(tuple, model["merges"])), additional_special_tokens=list(SPECIAL_TOKENS)
+    )
+    directory = tmp_path_factory.mktemp("merging")
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    processor.save_pretrained(directory)
+    return directory
+
+
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return Image.fromarray(pixels).convert(mode)

@@ -76,6 +76,18 @@ def test_the_rendering_is_the_processors_own(with_template):
         assert encoder.encode(Conversation(messages)).input_ids.tolist() == list(ids)
 
 
+def test_tokens_that_reach_over_borders(merging_processor):
+    for name, messages, expected in CASES.values():
+        (merging_processor / "chat_template.jinja").write_text(getattr(templates, name))
+        encoder = Encoder(str(merging_processor), Settings())
+        assert learned(encoder, messages) == expected
+        text = encoder.processor.apply_chat_template(messages, tokenize=False)
+        assert (
+            encoder.encode(Conversation(messages)).input_ids.tolist() == encoder.processor(text=[text])["input_ids"][0]
+        )
+        assert len(encoder.tokenizer.encode("assistant")) == 1
+
+
 def test_spans_of_generation_are_those_of_transformers(with_template):
     encoder = Encoder(with_template(templates.GENERATION), Settings())
     theirs = encoder.tokenizer.apply_chat_template(

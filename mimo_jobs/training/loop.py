@@ -1,0 +1,250 @@
+"""The steps of a run: one after the other, watched, logged, saved, and stopped in good order."""
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mimo_jobs.errors import JobFailed
+from mimo_jobs.layout import IMAGES, LANGUAGE
+from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.parallel.world import World
+from mimo_jobs.training.checkpoints import Checkpoints, Saved
+from mimo_jobs.training.config import Stop
+from mimo_jobs.training.feeder import Feeder, Step
+from mimo_jobs.training.metrics import Metrics
+from mimo_jobs.training.optimizer import Updates
+from mimo_jobs.training.step import run_step
+from mimo_jobs.training.stopwatch import Stopwatch
+
+WINDOW = 32  # steps whose median a spike is measured against
+NAMED = 8  # samples named in an error
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PARTS = (IMAGES, LANGUAGE, "waiting", "data", "optimizer")
+
+
+@dataclass
+class Run:
+    """What the loop works with on this rank.
+
+    Attributes:
+        metrics: on rank 0 only.
+        validate: mean loss and tokens on the validation data; None without any.
+        flops: model FLOPs of a step from its table.
+        save_every, validate_every: steps.
+        done: optimizer steps done; ``losses``: of the last of them; ``skipped``: bad samples so far.
+    """
+
+    world: World
+    built: BuiltModel
+    updates: Updates
+    checkpoints: Checkpoints
+    device: torch.device
+    steps: int
+    identity: Mapping[str, Any]
+    stop: Stop
+    save_every: int
+    validate_every: int
+    metrics: Metrics | None
+    validate: Callable[[], tuple[float, int]] | None
+    flops: Callable[[Step], float]
+    peak_tflops: float | None
+    done: int = 0
+    skipped: int = 0
+    losses: list[float] = field(default_factory=list)
+    first_loss: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    told: dict[str, float] = field(default_factory=dict)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+
+@contextmanager
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM, SIGUSR1 and Ctrl-C are remembered instead of raised: the step ends, and what was learnt is saved."""
+    asked = False
+
+    def remember(_signum: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    before = {signum: signal.signal(signum, remember) for signum in STOP_SIGNALS}
+    try:
+        yield lambda: asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def train(run: Run, feeder: Feeder) -> None:
+    """Run the steps that are left. Collective over the world.
+
+    Raises:
+        JobFailed: the loss is not finite, or above a bound of ``run.stop``.
+        KeyboardInterrupt: asked to stop, with a checkpoint written: the run goes on from there when started again.
+    """
+    control = dist.new_group(backend="gloo")
+    watch = run.watch
+    with stop_asked() as asked:
+        steps, before = iter(feeder), time.perf_counter()
+        while run.done < run.steps:
+            started = time.perf_counter()
+            step = next(steps)
+            data_seconds = time.perf_counter() - started
+            run.updates.set_step(run.done)
+            tokens = step.table.total(step.table.loss_tokens)
+            microbatches = [m.to(run.device) for m in step.microbatches]
+            with watch.span("model"):
+                loss = run_step(run.built, microbatches, tokens, watch)
+            value, stopping = _agreed(run, control, float(loss) / max(1, tokens), asked())
+            _check(run, step, value)
+            with watch.span("optimizer"):
+                _, norm = run.updates.apply()
+            _check_norm(run, step, norm)
+            now = time.perf_counter()
+            seconds, before = now - before, now
+            run.done += 1
+            run.losses = [*run.losses, value][-WINDOW:]
+            run.first_loss = value if run.first_loss is None else run.first_loss
+            _log(run, control, step, value, norm, seconds, _parts(run, watch, data_seconds))
+            _validate_and_save(run, control, stopping)
+            if stopping and run.done < run.steps:
+                run.checkpoints.wait()
+                raise KeyboardInterrupt
+
+
+def _agreed(run: Run, control: dist.ProcessGroup, loss: float, asked: bool) -> tuple[float, bool]:
+    """The loss of all replicas, and whether any rank was asked to stop; waits for this step's backward pass."""
+    shared = torch.tensor([loss, float(asked)], dtype=torch.float64)
+    dist.all_reduce(shared, group=control)
+    value, stopping = shared.tolist()
+    return value, stopping > 0
+
+
+def _check(run: Run, step: Step, loss: float) -> None:
+    """Stop before the weights take harm. Raises `JobFailed` with the step's samples."""
+    number, bound = run.done + 1, run.stop
+    why = None
+    if not math.isfinite(loss):
+        why = f"the loss is {loss}"
+    elif bound.max_loss is not None and loss > bound.max_loss:
+        why = f"the loss is {loss:.6g}, above stop.max_loss={bound.max_loss:g}"
+    elif bound.spike is not None and len(run.losses) >= 4:
+        usual = statistics.median(run.losses)
+        if loss > bound.spike * usual:
+            why = f"the loss is {loss:.6g}, above stop.spike={bound.spike:g} times the median {usual:.6g} of the last {len(run.losses)} steps"
+    if why is not None:
+        raise _stopped(run, step, number, why)
+
+
+def _check_norm(run: Run, step: Step, norm: float) -> None:
+    if not math.isfinite(norm):
+        raise _stopped(run, step, run.done + 1, f"the gradient's norm is {norm}")
+
+
+def _stopped(run: Run, step: Step, number: int, why: str) -> JobFailed:
+    ids = [i for p, i in enumerate(step.table.ids) if p not in step.table.bad]
+    if run.metrics is not None:
+        run.metrics.event(number, f"{why}; samples: {', '.join(ids)}", "warning")
+    more = f" and {len(ids) - NAMED} more (metrics.jsonl names all)" if len(ids) > NAMED else ""
+    return JobFailed(
+        f"step {number}: {why}; nothing of this step was saved. Its samples: {', '.join(ids[:NAMED])}{more}. "
+        f"The last checkpoint is of step {run.done - run.done % run.save_every if run.save_every else 0} or later"
+    )
+
+
+def _parts(run: Run, watch: Stopwatch, data_seconds: float) -> dict[str, float]:
+    """Where this rank's time went: its component's work is what is left when waiting is taken off."""
+    found = watch.read()
+    waiting = found.get("waiting", 0.0)
+    parts = dict.fromkeys(PARTS, 0.0) | {"data": data_seconds, "waiting": waiting, "optimizer": found.get("optimizer", 0.0)}
+    busy = max(0.0, found.get("model", 0.0) - waiting)
+    images = found.get(IMAGES, 0.0) if LANGUAGE in run.built.groups else busy
+    parts[IMAGES], parts[LANGUAGE] = images, max(0.0, busy - images)
+    return parts
+
+
+def _log(
+    run: Run, control: dist.ProcessGroup, step: Step, loss: float, norm: float, seconds: float, parts: dict[str, float]
+) -> None:
+    shared = torch.tensor([parts[p] for p in PARTS], dtype=torch.float64)
+    dist.all_reduce(shared, group=control)
+    each = {p: v / run.world.size for p, v in zip(PARTS, shared.tolist(), strict=True)}
+    # A component's seconds are those of its own ranks.
+    for name in (IMAGES, LANGUAGE):
+        each[name] *= run.world.size / len(run.built.layout.components[name].ranks)
+    table = step.table
+    tokens = table.total(table.tokens)
+    run.tokens += tokens
+    run.seconds += seconds
+    run.skipped += len(step.problems)
+    if run.metrics is None:
+        return
+    rates = {name: s.optimizer.param_groups[0]["lr"] for name, s in run.updates.schedulers.items()}
+    rate = rates.get(LANGUAGE, next(iter(rates.values()), 0.0))
+    values: dict[str, float] = {
+        "loss": loss, "grad_norm": norm, "lr": rate, "tokens": tokens, "loss_tokens": table.total(table.loss_tokens),
+        "samples": sum(len(r) for r in table.rows), "seconds": seconds, **{f"seconds.{p}": v for p, v in each.items()}, "skipped": run.skipped,
+        "tokens_per_second": tokens / seconds, "tokens_per_second_per_gpu": tokens / seconds / run.world.size,
+    }  # fmt: skip
+    if rates.get(IMAGES, rate) != rate:
+        values["lr_images"] = rates[IMAGES]
+    if run.peak_tflops:
+        values["mfu"] = run.flops(step) / (seconds * run.world.size * run.peak_tflops * 1e12)
+    if torch.cuda.is_available():
+        values["memory_bytes"] = torch.cuda.max_memory_allocated()
+    for problem in step.problems:
+        print(f"bad sample, left out: {problem}", flush=True)
+        run.metrics.event(run.done, problem, "bad sample")
+    run.metrics.log(run.done, values)
+    run.told = values
+    run.world.progress("train", run.done, run.steps, "steps", note=note(run.told))
+
+
+def note(values: Mapping[str, float]) -> str:
+    """The moment in a few words: ``loss 1.234 · grad 0.87 · lr 9.8e-06 · 12.3k tok/s/GPU · images 12 % language 80 % waiting 8 %``."""
+    rate = values["tokens_per_second_per_gpu"]
+    words = [
+        f"loss {values['loss']:.4g}", f"grad {values['grad_norm']:.3g}", f"lr {values['lr']:.2g}",
+        f"{rate / 1000:.1f}k tok/s/GPU" if rate >= 1000 else f"{rate:.0f} tok/s/GPU",
+    ]  # fmt: skip
+    if "mfu" in values:
+        words.append(f"MFU {100 * values['mfu']:.0f} %")
+    total = values["seconds"] or 1.0
+    words.append(" ".join(f"{p} {100 * values[f'seconds.{p}'] / total:.0f} %" for p in (IMAGES, LANGUAGE, "waiting")))
+    if values.get("skipped"):
+        words.append(f"{values['skipped']:.0f} bad samples")
+    return " · ".join(words)
+
+
+def _validate_and_save(run: Run, control: dist.ProcessGroup, stopping: bool) -> None:
+    last = run.done == run.steps
+    if run.validate is not None and (last or (run.validate_every and run.done % run.validate_every == 0)) and not stopping:
+        loss, tokens = run.validate()
+        run.told["validation_loss"] = loss
+        if run.metrics is not None:
+            run.metrics.validation(run.done, loss, tokens)
+    if run.checkpoints.pending:
+        busy = torch.tensor(float(run.checkpoints.writing))
+        dist.all_reduce(busy, group=control)
+        if not busy.item():
+            _publish(run)
+    if stopping or last or (run.save_every and run.done % run.save_every == 0):
+        _publish(run)
+        run.checkpoints.save(Saved(run.done, run.identity, skipped=run.skipped, losses=run.losses))
+    if stopping or last:
+        _publish(run)
+
+
+def _publish(run: Run) -> None:
+    written = run.checkpoints.wait()
+    if written is not None and run.metrics is not None:
+        run.metrics.event(run.done, f"checkpoint {written}", "checkpoint")

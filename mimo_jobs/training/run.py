@@ -1,0 +1,369 @@
+"""A fine-tuning run from its arguments to its checkpoint: the part before and after the loop."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mimo_jobs.checkpoint import torch_dist
+from mimo_jobs.checkpoint.manifest import HF_DIR, MANIFEST_NAME, read_config, read_manifest, write_manifest
+from mimo_jobs.checkpoint.model_io import load_model, save_model
+from mimo_jobs.checkpoint.peft_dir import base_digest, read_peft
+from mimo_jobs.conversion import publish
+from mimo_jobs.conversion.adapters import fill_adapters, write_peft
+from mimo_jobs.conversion.carried import Carried, carry, exported_digests
+from mimo_jobs.conversion.fill import fill_model
+from mimo_jobs.conversion.importer import ImportArgs, plan_import
+from mimo_jobs.errors import UserError
+from mimo_jobs.layout import IMAGES, LANGUAGE, ResolvedLayout, check_batch
+from mimo_jobs.modeling.build import BuiltModel, build
+from mimo_jobs.modeling.lora import add_adapters
+from mimo_jobs.parallel.world import World
+from mimo_jobs.training import flops, metrics
+from mimo_jobs.training.batches import Shares
+from mimo_jobs.training.checkpoints import Checkpoints, newest
+from mimo_jobs.training.config import Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
+from mimo_jobs.training.data import Encoder, Lengths, Order, Source, measure, open_source, pack, share
+from mimo_jobs.training.feeder import Feeder, Step
+from mimo_jobs.training.loop import Run, train
+from mimo_jobs.training.optimizer import check_settings, make_optimizer
+from mimo_jobs.training.process import distributed
+from mimo_jobs.training.rows import Rows, steps_and_stop
+from mimo_jobs.training.step import component_module, run_step, watch_images, wrap_for_training
+from mimo_jobs.training.stopwatch import Stopwatch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """See `jobs.sft` and `jobs.lora`; ``lora`` is None for the former."""
+
+    source: Path
+    data: str
+    target: Path
+    layout: ResolvedLayout
+    steps: int | None
+    epochs: float
+    global_batch_size: int
+    micro_batch_size: int
+    seed: int
+    precision: str
+    freeze: str
+    sequence_parallel: bool
+    recompute: str
+    optimizer: Optimizer
+    dataset: Dataset
+    validation: Validation
+    saving: Saving
+    logging: Logging
+    stop: Stop
+    lora: Lora | None
+    overwrite: bool
+    identity: Mapping[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints to go on from are."""
+        return Path(self.saving.directory) if self.saving.directory else self.target.with_name(f"{self.target.name}.steps")
+
+    @property
+    def shares(self) -> Shares:
+        """Who works on which rows."""
+        language, images = (self.layout.components[n].dp for n in (LANGUAGE, IMAGES))
+        return Shares(language, images, self.micro_batch_size, self.global_batch_size // (self.micro_batch_size * language))
+
+
+def run_training(args: TrainArgs, world: World) -> dict[str, Any]:
+    """Train, and publish what was trained. Returns the summary (the same on every rank).
+
+    Raises:
+        UserError: bad input, or (JobFailed) the loss went wrong or another rank failed first; KeyboardInterrupt when asked to stop.
+    """
+    check_batch(args.layout, args.global_batch_size, args.micro_batch_size)
+    metrics.check(args.logging)
+    if world.rank == 0:
+        publish.check_target(args.target, args.overwrite, args.source)
+        args.checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    world.barrier("checked")
+    with distributed(world) as device:
+        return _run(args, world, device)
+
+
+def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
+    source, validation = _open(args, world)
+    encoder = Encoder(str(_processor(args.source)), args.dataset)
+    rows, steps = _rows(args, source, encoder, world)
+    check_settings(args.optimizer, steps)
+    built = _build(args)
+    with world.timed("load"):
+        _load(args, built)
+    wrap_for_training(built)
+    updates = make_optimizer(built, args.optimizer, steps)
+    carried = None if args.lora else carry(args.source, args.layout, args.checkpoints / "carried", world)
+
+    def finish(staging: Path, files: dict[str, int]) -> None:
+        if carried is not None:
+            carried.attach(staging, files, args.layout, {}, {})
+
+    checkpoints = Checkpoints(
+        built, updates, args.checkpoints, args.saving.keep, args.saving.background, adapters=args.lora is not None, finish=finish
+    )  # fmt: skip
+    found = newest(args.checkpoints, args.identity, lambda text: _say(world, f"warning: {text}"))
+    run = Run(
+        world, built, updates, checkpoints, device, steps, args.identity, args.stop, args.saving.every, args.validation.every,
+        None, None, _flops(args, built), _peak(args),
+    )  # fmt: skip
+    if found is not None:
+        with world.timed("resume"):
+            checkpoints.load(found[0])
+        run.done, run.skipped, run.losses = found[1].step, found[1].skipped, list(found[1].losses)
+        _say(world, f"going on from {found[0]}, after step {run.done} of {steps}")
+    if validation is not None:
+        run.validate = lambda: _validate(args, built, validation, encoder, device)
+    log = _metrics(args, world, run, steps, len(source))
+    with log if log is not None else _Nothing():
+        run.metrics = log
+        watch_images(built, run.watch)
+        world.progress("train", run.done, steps, "steps")
+        with Feeder(built, source, encoder, rows, args.shares, args.dataset, run.done, steps) as feeder:
+            train(run, feeder)
+    summary = _publish(args, built, carried, world)
+    peaks = world.gather("ended", torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
+    if peaks is not None:
+        summary |= {
+            "steps": steps, "loss": run.losses[-1] if run.losses else None, "first_loss": run.first_loss, "tokens": run.tokens,
+            "skipped": run.skipped, "training_seconds": run.seconds, "memory_bytes": max(peaks),
+            "tokens_per_second_per_gpu": run.tokens / run.seconds / world.size if run.seconds else None,
+        }  # fmt: skip
+    return world.broadcast("trained", summary if peaks is not None else None)
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _say(world: World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def _open(args: TrainArgs, world: World) -> tuple[Source, Source | None]:
+    """Rank 0 first: it prepares what the datasets library caches."""
+
+    def opened() -> tuple[Source, Source | None]:
+        train = open_source(args.data, args.dataset)
+        chosen = args.validation
+        return train, open_source(chosen.data, args.dataset, chosen.split) if chosen.data else None
+
+    found = opened() if world.rank == 0 else None
+    world.barrier("data set")
+    return found or opened()
+
+
+def _rows(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> tuple[Rows, int]:
+    """Samples of every row, and the number of steps."""
+    order = Order(len(source), args.seed, args.dataset.shuffle)
+    if args.dataset.packing:
+        lengths = _lengths(args, source, encoder, world)
+        packs: dict[int, Sequence[Sequence[int]]] = {}
+
+        def epoch_rows(epoch: int) -> Sequence[Sequence[int]]:
+            if epoch not in packs:
+                packs[epoch] = pack(lengths, order.epoch(epoch), args.dataset.max_length)
+            return packs[epoch]
+
+        first = len(epoch_rows(0))
+        steps, stop = steps_and_stop(first, args.global_batch_size, args.steps, args.epochs, lambda e: len(epoch_rows(e)))
+        return Rows(epoch_rows, args.global_batch_size, stop), steps
+    steps, stop = steps_and_stop(len(source), args.global_batch_size, args.steps, args.epochs)
+    return Rows(lambda epoch: [[int(i)] for i in order.epoch(epoch)], args.global_batch_size, stop), steps
+
+
+def _lengths(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> Sequence[int]:
+    """Tokens of every sample, each rank measuring a share; bad ones are negative, and named in the log."""
+    start, stop = share(len(source), world.rank, world.size)
+    world.progress("measure samples", 0, len(source), "samples")
+    own = measure(source, encoder, start, stop, args.dataset.workers)
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, own)
+    lengths = Lengths.join(parts)
+    bad = list(lengths.reasons.values())
+    for problem in bad:
+        _say(world, f"bad sample, left out: {problem}")
+    if bad and args.dataset.on_bad == "stop":
+        raise UserError(f"bad sample: {bad[0]}; set dataset.on_bad=skip to go on without it")
+    if len(bad) == len(source):
+        raise UserError(f"{args.data}: all {len(bad)} samples are bad, e.g. {bad[0]}")
+    return lengths.values.tolist()
+
+
+def _validate(args: TrainArgs, built: BuiltModel, source: Source, encoder: Encoder, device: torch.device) -> tuple[float, int]:
+    """Mean loss per token over the first samples of the validation data."""
+    count = min(len(source), args.validation.samples or len(source))
+    shares = args.shares
+    rows = Rows(lambda _: [[i] for i in range(count)], shares.global_batch_size, count)
+    settings = dataclasses.replace(args.dataset, packing=False)
+    steps, total, tokens = -(-count // shares.global_batch_size), 0.0, 0
+    built.model.eval()
+    with Feeder(built, source, encoder, rows, shares, settings, 0, steps) as feeder, torch.no_grad():
+        for step in feeder:
+            here = step.table.total(step.table.loss_tokens)
+            moved = [m.to(device) for m in step.microbatches]
+            total += float(run_step(built, moved, here, Stopwatch(), train=False))
+            tokens += here
+    built.model.train()
+    shared = torch.tensor(total, dtype=torch.float64, device=device)
+    dist.all_reduce(shared)
+    return float(shared) / max(1, tokens), tokens
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def is_mimo(source: Path) -> bool:
+    """Whether a source is a MIMO checkpoint; else it is a Hugging Face directory."""
+    return (source / MANIFEST_NAME).exists()
+
+
+def _processor(source: Path) -> Path:
+    return source / HF_DIR if is_mimo(source) else source
+
+
+def source_config(source: Path) -> dict[str, Any]:
+    """The Hugging Face config of a MIMO checkpoint or a Hugging Face directory. Raises `UserError` when it is neither."""
+    return read_manifest(source).config if is_mimo(source) else read_config(source)
+
+
+def _build(args: TrainArgs) -> BuiltModel:
+    dtype = DTYPES[args.precision]
+    frozen = {args.freeze} if args.freeze != "none" else set()
+    built = build(
+        source_config(args.source),
+        args.layout,
+        dtype=dtype,
+        sequence_parallel=args.sequence_parallel,
+        float32_parameters=_float32_parameters(args) if dtype != torch.float32 else (),
+        overrides={name: RECOMPUTE[args.recompute] for name in (LANGUAGE, IMAGES)},
+    )
+    for name in frozen & set(built.groups):
+        component_module(built, name).requires_grad_(False)
+    return built
+
+
+def _float32_parameters(args: TrainArgs) -> list[str]:
+    """Endings of the parameters that the source keeps in fp32 beside others in 16 bits (``self_attention.A_log``)."""
+    if is_mimo(args.source):
+        dtypes = {key: tensor.dtype for key, tensor in torch_dist.read_metadata(args.source).items()}
+    else:
+        made = plan_import(ImportArgs(args.source, args.target, args.layout))
+        dtypes = {key: tensor.dtype for key, tensor in made.tensors.items()}
+    if set(dtypes.values()) == {"F32"}:
+        return []
+    return sorted({key.partition(".layers.")[2].partition(".")[2] or key for key, dtype in dtypes.items() if dtype == "F32"})
+
+
+def _load(args: TrainArgs, built: BuiltModel) -> None:
+    if is_mimo(args.source):
+        load_model(built, args.source)
+    else:
+        fill_model(built, args.source)
+    if args.lora is not None:
+        lora = _lora(args)
+        add_adapters(built, lora, args.seed)
+        if lora.adapter:
+            fill_adapters(built, Path(lora.adapter))
+
+
+def _lora(args: TrainArgs) -> Lora:
+    """The adapters' settings: those of the adapter that training goes on from, if any."""
+    assert args.lora is not None
+    return read_peft(Path(args.lora.adapter)).applied_to(args.lora) if args.lora.adapter else args.lora
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def _flops(args: TrainArgs, built: BuiltModel) -> Any:
+    model = flops.of_config(source_config(args.source))
+    merge = built.hf.vision_config.spatial_merge_size**2
+    language: flops.Training = "lora" if args.lora else "passed" if args.freeze == LANGUAGE else "trained"
+    images: flops.Training = "frozen" if args.freeze == IMAGES else "trained"
+    if args.lora is not None:
+        images = "lora" if any("visual" in name for name in args.lora.targets.split(",")) or IMAGES in args.lora.targets else "frozen"
+
+    def of_step(step: Step) -> float:
+        table = step.table
+        good = [s for row in table.rows for s in row]
+        work = model.language(int(table.tokens[s]) for s in good)
+        patches, pairs = (sum(int(a[s]) for s in good) for a in (table.image_tokens * merge, table.patch_pairs))
+        vision = flops.Work(model.patch * patches, model.patch_attention * pairs)
+        return work.passes(language) + vision.passes(images)
+
+    return of_step
+
+
+def _peak(args: TrainArgs) -> float | None:
+    if args.logging.peak_tflops is not None:
+        return args.logging.peak_tflops
+    return flops.peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def _metrics(args: TrainArgs, world: World, run: Run, steps: int, samples: int) -> metrics.Metrics | None:
+    if world.rank != 0 or world.record is None:
+        return None
+    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in ("identity", "layout")}
+    plain = json.loads(json.dumps({n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in settings.items()}, default=str))  # type: ignore[arg-type]
+    about = plain | {"layout": args.layout.as_layout(), "total_steps": steps, "samples_in_data": samples, "world_size": world.size}
+    return metrics.Metrics(world.record, args.logging, about, run.done)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def _publish(args: TrainArgs, built: BuiltModel, carried: Carried | None, world: World) -> dict[str, Any]:
+    """The trained checkpoint, or the adapters as a PEFT directory, where ``target`` says."""
+    if carried is None:
+        lora = _lora(args)
+        base = base_digest(read_manifest(args.source)) if is_mimo(args.source) else None
+        return write_peft(
+            built, args.target, str(args.source), lora, base=base, identity=dict(args.identity), overwrite=args.overwrite, run_id=world.run_id
+        )  # fmt: skip
+    staging = publish.staging_of(args.target, world.run_id)
+    if world.rank == 0:
+        publish.check_target(args.target, args.overwrite, args.source)
+        publish.open_staging(args.target, world.run_id, plan="")
+    world.barrier("trained staging")
+    weights = staging / "weights"  # megatron-core wants an empty directory
+    if world.rank == 0:
+        weights.mkdir()
+    world.barrier("trained weights")
+    save_model(built, weights)
+    if world.rank == 0:
+        for path in list(weights.iterdir()):
+            path.rename(staging / path.name)
+        weights.rmdir()
+        files = {p.name: p.stat().st_size for p in sorted(staging.glob("*.distcp"))}
+        carried.attach(staging, files, args.layout, dict(args.identity), {})
+    world.barrier("trained manifest")
+    digests = exported_digests(staging, args.layout, world)
+    summary: dict[str, Any] = {"target": str(args.target)}
+    if digests is not None:
+        write_manifest(dataclasses.replace(read_manifest(staging), digests=digests), staging)
+        publish.publish(staging, args.target, args.overwrite)
+        summary |= {"tensors": len(digests), "bytes": sum(p.stat().st_size for p in args.target.glob("*.distcp"))}
+    world.barrier("trained published")
+    return summary
