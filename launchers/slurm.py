@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,14 @@ def rank_command(job: Job, asked: Request, profile: Profile, words: Sequence[str
 def _own_mounts(job: Job) -> list[str]:
     """The run's record and every directory that the job reads or writes, at their own paths."""
     places = [job.record.parent if job.record.parent.name != "runs" else job.record]
-    for name, value in job.arguments.items():
-        if isinstance(value, str) and os.path.isabs(value):
-            place = Path(value)
-            if place.parent.name == "snapshots" and place.parent.parent.name.startswith(
-                "models--"
-            ):  # a hub download: links into its blobs
-                place = place.parent.parent
-            places.append(place.parent if name in ("target", "certificate") else place)
+    for name, value in _paths(job.arguments):
+        place = Path(value)
+        if place.parent.name == "snapshots" and place.parent.parent.name.startswith(
+            "models--"
+        ):  # a hub download: links into its blobs
+            place = place.parent.parent
+        beside = name in ("target", "certificate", "directory") or (name == "data" and not place.is_dir())
+        places.append(place.parent if beside else place)
     found = list(dict.fromkeys(map(str, places)))
     for place in found:
         if re.search(r"[,:]", place):
@@ -199,6 +199,15 @@ def _own_mounts(job: Job) -> list[str]:
                 f"{place}: pyxis cannot mount a path with ',' or ':' (container_image is set); use another directory"
             )
     return [f"{place}:{place}" for place in found]
+
+
+def _paths(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Absolute paths among a job's arguments and their groups: (name of the field, path)."""
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value)
+        elif isinstance(value, str) and os.path.isabs(value):
+            yield name, value
 
 
 def rank_environment(job: Job, profile: Profile, code: Path | None) -> dict[str, str]:

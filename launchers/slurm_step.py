@@ -33,6 +33,7 @@ from mimo_jobs.conversion.journal import finished_tasks
 from mimo_jobs.conversion.publish import remove_staging, staging_of
 from mimo_jobs.errors import UserError
 from mimo_jobs.records import RUN, StepRecord, load
+from mimo_jobs.training import saved
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 GOING_ON = 75  # EX_TEMPFAIL: this batch job ends, the step does not
@@ -280,9 +281,12 @@ class Step:
         return {}
 
     def _progress(self) -> int:
-        """How far the step has come for good: tasks that a conversion need not do again."""
+        """How far the step has come for good: tasks that a conversion need not do again, optimizer steps that are saved."""
         if "target" not in self.job.arguments:
             return 0
+        if self.job.name in identity.TRAINING:
+            directory = (self.job.arguments.get("saving") or {}).get("directory")
+            return saved.progress(saved.steps_directory(Path(self.job.arguments["target"]), directory))
         return finished_tasks(staging_of(Path(self.job.arguments["target"]), self.job.run_id))
 
     def _limits_without_progress(self) -> int:

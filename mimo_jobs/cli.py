@@ -209,8 +209,8 @@ def run_recipe(
 
     options = options or Options()
     hook_words = profiles.hook_words(on_finish or "")
-    if "model" in values:
-        values["model"] = locate_model(values["model"], download=not options.dryrun)
+    for path, reference in overrides.model_refs(name, values).items():
+        values[path] = locate_model(reference, download=not options.dryrun, field=path)
     recipe = overrides.build(name, values)
     plan = pipeline.make_plan(name, pipeline.steps_of(recipe, name), resumable=bool(overrides.steps_of(name)))
     asked = submission.prepare(plan, profile, need_slurm=not options.dryrun) if profile is not None else None
@@ -283,13 +283,19 @@ def _conclude(plan: "Plan", run: "RunRecord", summaries: Mapping[str, dict[str, 
     print(f"records   {run.root}")
     for name, place in places.items():
         print(f"{name if len(places) > 1 else 'target':<9} {place}")
-    if last.job == "import_hf":
-        print(_next(f"{PROGRAM} recipes.qwen35vl_export source={_quoted(places[last.name])} target=DIR"))
-    elif last.job == "export_hf":
-        print(_next(f"{PROGRAM} verify ORIGINAL_DIR {_quoted(places[last.name])}"))
-        console.make().print(console.export_table(summaries[last.name]))
-    elif plan.recipe == "quickstart":
+    trained = any(p.step.job in ("sft", "lora") for p in plan.steps)
+    if plan.recipe == "quickstart":
         print(_next(f"{PROGRAM} recipes.qwen35vl_pipeline --help"))
+    elif last.job in ("import_hf", "sft"):
+        print(_next(f"{PROGRAM} recipes.qwen35vl_export source={_quoted(places[last.name])} target=DIR"))
+    elif last.job == "lora" and os.path.exists(os.path.join(last.arguments["source"], "mimo.json")):
+        source, adapter = _quoted(last.arguments["source"]), _quoted(places[last.name])
+        print(_next(f"{PROGRAM} recipes.qwen35vl_export source={source} adapter={adapter} target=DIR"))
+    elif last.job == "export_hf":
+        if not trained and last.arguments.get("adapter") is None:
+            print(_next(f"{PROGRAM} verify ORIGINAL_DIR {_quoted(places[last.name])}"))
+        if last.name in summaries:
+            console.make().print(console.export_table(summaries[last.name]))
     if certificate is not None:
         print(console.parity_line(certificate))
     return 0

@@ -129,6 +129,24 @@ def plan_table(plan: Any) -> Table:
     return table
 
 
+def training_table(plan: Any) -> Table:
+    """The summary of a fine-tuning's preflight: how much there is to do, and what a GPU holds."""
+    table = Table.grid(padding=(0, 2))
+    steps = f"{plan.steps:,}" if plan.steps is not None else "as many as the data has"
+    table.add_row("  steps", steps + (f", of {plan.samples:,} samples" if plan.samples is not None else ""))
+    share = f" ({100 * plan.trained / plan.parameters:.3g} %)" if plan.parameters else ""
+    table.add_row("  parameters", f"{plan.parameters:,}, {plan.trained:,} train{share}")
+    for name, held in plan.memory.items():
+        parts = ", ".join(
+            f"{part} {size(getattr(held, part))}" for part in ("weights", "gradients", "optimizer", "activations")
+        )
+        table.add_row(f"  GPU memory of {name}", Text(f"{size(held.total)}: {parts} (estimate, longest samples)"))
+    table.add_row("  disk", f"{size(plan.disk_needed)} needed, {size(plan.disk_free)} free")
+    for note in plan.notes:
+        table.add_row("  note", Text(note))
+    return table
+
+
 def command_lines(groups: list[RankGroup]) -> Iterator[str]:
     """``ranks 0-3 on this machine`` and the command, quoted for a shell."""
     for group in groups:
@@ -176,6 +194,8 @@ def export_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("  bit-exact", Text(exact, style="green" if parity["equal"] else "yellow"))
     if parity["unknown"] and parity["verified"]:
         table.add_row("  unknown", f"{parity['unknown']:,} (the checkpoint has no digest of them)")
+    if parity.get("merged"):
+        table.add_row("  merged", f"{parity['merged']:,} (with the adapter)")
     casts = ", ".join(f"{count:,} {kind}" for kind, count in summary["casts"].items())
     table.add_row("  cast", Text(casts or "none", style="yellow" if casts else ""))
     table.add_row("  passed through", f"{summary['passed_through']:,}" if summary["passed_through"] else "none")

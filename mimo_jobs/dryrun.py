@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from launchers import local, slurm
@@ -56,7 +56,8 @@ def _show_step(
         out.print(console.rank_map(step.layout, asked.requests[step.name].allocated if asked else None))
     if planned.preflight:
         out.print("plan", style="bold")
-        out.print(console.plan_table(planned.preflight))
+        trains = hasattr(planned.preflight, "memory")
+        out.print(console.training_table(planned.preflight) if trains else console.plan_table(planned.preflight))
     if asked:
         out.print(slurm.SCRIPT, style="bold")
         for line in _script(planned, recorded, asked).splitlines():
@@ -117,4 +118,9 @@ def _data(plan: Plan, run: RunRecord, asked: Submission | None) -> dict[str, Any
 
 def _plan(planned: Planned) -> dict[str, Any] | None:
     made = planned.preflight
-    return {f.name: getattr(made, f.name) for f in fields(made) if f.name not in HIDDEN} if made else None
+    if not made:
+        return None
+    found = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in HIDDEN}
+    if "memory" in found:
+        found["memory"] = {name: asdict(held) | {"total": held.total} for name, held in found["memory"].items()}
+    return found

@@ -143,16 +143,16 @@ options:
 def recipe(name: str) -> str:
     """``nemo-run recipes.NAME --help``: fields with types and defaults, and an example that works."""
     steps = overrides.steps_of(name)
-    fields = {p: f for p, f in overrides.recipe_fields(name).items() if p.partition(".")[0] not in steps}
+    fields = {p: f for p, f in overrides.recipe_fields(name).items() if overrides.step_field(p, steps)[0] is None}
     defaults = overrides.defaults(name)
-    own = {p: f"{_default(defaults[p])}{_sep(f)}{_doc(f)}" for p, f in fields.items() if p.count(".") < 2}
+    own = {p: _row(f, defaults[p]) for p, f in fields.items() if "." not in p or p == "layout.world_size"}
     return f"""recipes.{name}: {overrides.summaries()[name]}
 
 usage: {PROGRAM} recipes.{name} field=value ... [--executor NAME] [executor.FIELD=value] [--dryrun] [--json]
 
 fields, with their defaults:
 {_rows(own)}
-{_components(fields, defaults)}{_of_steps(name)}
+{_components(fields, defaults)}{_groups(fields, defaults)}{_of_steps(name)}
 options:
 {_rows(RECIPE_OPTIONS)}
 
@@ -173,6 +173,20 @@ def _of_steps(name: str) -> str:
         return ""
     listed = ", ".join(f"{s}.FIELD" for s in steps)
     return f"\nThe fields above set every step that has them; {listed} set one step's.\n"
+
+
+def _groups(fields: Mapping[str, overrides.Field], defaults: Mapping[str, Any]) -> str:
+    """The fields of each group of settings (``optimizer.lr``) in a table of its own."""
+    groups: dict[str, dict[str, str]] = {}
+    for path, field in fields.items():
+        group, _, leaf = path.rpartition(".")
+        if group and not path.startswith("layout."):
+            groups.setdefault(group, {})[f".{leaf}"] = _row(field, defaults[path])
+    return "".join(f"\n{group}:\n{_rows(rows)}\n" for group, rows in groups.items())
+
+
+def _row(field: overrides.Field, default: Any) -> str:
+    return f"{_default(default)}{_sep(field)}{_doc(field)}"
 
 
 def _components(fields: Mapping[str, overrides.Field], defaults: Mapping[str, Any]) -> str:

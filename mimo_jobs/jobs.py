@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mimo_jobs.layout import ParallelLayout
-from mimo_jobs.training.config import Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
+from mimo_jobs.training.config import DataRef, Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
 
 if TYPE_CHECKING:
     from mimo_jobs.parallel.world import World
@@ -20,7 +20,6 @@ File = Annotated[str, "file"]
 ModelRef = Annotated[str, "directory or hub id"]
 Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 Mtp = Literal["keep", "drop"]
-DataRef = Annotated[str, "file, directory or hub id"]
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "full"]
 Freeze = Literal["none", "language", "images"]
@@ -223,6 +222,26 @@ def make_tiny(*, target: Dir, seed: int = 0, overwrite: bool = False, world: "Wo
         return tiny.make_tiny(target, seed, overwrite, progress=joined.progress)
 
 
+def make_data(
+    *, target: Dir, samples: int = 64, seed: int = 0, overwrite: bool = False, world: "World | None" = None
+) -> dict[str, Any]:
+    """Write a tiny image-text set: JSONL with chat messages, and PNGs.
+
+    Args:
+        target: directory to write
+        samples: how many
+        seed: of what is drawn
+        overwrite: replace target
+
+    Raises:
+        UserError: target exists.
+    """
+    from mimo_jobs.training import tiny_data
+
+    with _joined(world):
+        return tiny_data.make_data(target, samples, seed, overwrite)
+
+
 def compare_logits(*, left: Dir, right: Dir, world: "World | None" = None) -> dict[str, Any]:
     """Load two Hugging Face checkpoints with transformers and compare their logits bit for bit.
 
@@ -277,7 +296,7 @@ def verify(
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (import_hf, sft, lora, export_hf, make_tiny, compare_logits, verify)
+    f.__name__: f for f in (import_hf, sft, lora, export_hf, make_tiny, make_data, compare_logits, verify)
 }
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import types
 import typing
@@ -23,6 +24,7 @@ from recipes import RECIPES
 NONE_WORDS = ("none", "null")
 BOOL_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 REQUIRED = dataclasses.MISSING
 
 
@@ -78,7 +80,7 @@ def steps_of(name: str) -> Mapping[str, str]:
 
 
 def _fields_of_steps(steps: Mapping[str, str]) -> dict[str, Field]:
-    """``dtype`` sets every step that has it, ``export.dtype`` one; directories are the recipe's to choose."""
+    """``dtype`` sets every step that has it, ``export.dtype`` one; the steps' own inputs and outputs are the recipe's to choose."""
     each = {s: {p: f for p, f in leaves(jobs.JOBS[job]).items() if _is_setting(f)} for s, job in steps.items()}
     common: dict[str, Field] = {}
     for fields in each.values():
@@ -89,11 +91,26 @@ def _fields_of_steps(steps: Mapping[str, str]) -> dict[str, Field]:
 
 
 def _is_setting(field: Field) -> bool:
-    return not any(m in (jobs.Dir, jobs.File, jobs.ModelRef) for m in members(field.type))
+    chosen = (jobs.Dir, jobs.File, jobs.ModelRef, jobs.DataRef)
+    return "." in field.path or not any(m in chosen for m in members(field.type))
 
 
-def leaves(owner: Any, prefix: str = "") -> dict[str, Field]:
-    """Leaf fields of a function's signature or of a dataclass, by dotted path; ``world`` is the rank's, not a field."""
+def step_field(path: str, steps: Mapping[str, str]) -> tuple[str | None, str]:
+    """The step that a field of a pipeline sets, None when it sets all that have it, and the field's path in its job.
+
+    A step may be called as a group of fields is: ``lora.lora.rank`` is a field of the step lora, and so is ``lora.seed``, while
+    ``lora.rank`` sets the group ``lora`` of every step that has one.
+    """
+    step, _, field = path.partition(".")
+    return (step, field) if step in steps and field in leaves(jobs.JOBS[steps[step]]) else (None, path)
+
+
+def leaves(owner: Any, prefix: str = "", instance: Any = None) -> dict[str, Field]:
+    """Leaf fields of a function's signature or of a dataclass, by dotted path; ``world`` is the rank's, not a field.
+
+    Args:
+        instance: of the dataclass ``owner``; its values are the defaults.
+    """
     described = docs(owner)
     found = {}
     for name, parameter in inspect.signature(owner).parameters.items():
@@ -101,10 +118,10 @@ def leaves(owner: Any, prefix: str = "") -> dict[str, Field]:
         if name == "world":
             continue
         assert not isinstance(hint, str), f"{owner.__name__}: annotate {name} with a type, not a string"
+        default = getattr(instance, name, REQUIRED if parameter.default is parameter.empty else parameter.default)
         if dataclasses.is_dataclass(hint):
-            found |= leaves(hint, f"{path}.")
+            found |= leaves(hint, f"{path}.", default if dataclasses.is_dataclass(default) else None)
         else:
-            default = REQUIRED if parameter.default is parameter.empty else parameter.default
             found[path] = Field(path, hint, default, described.get(name, ""))
     return found
 
@@ -112,7 +129,7 @@ def leaves(owner: Any, prefix: str = "") -> dict[str, Field]:
 def docs(owner: Any) -> dict[str, str]:
     """The ``name: text`` lines of a docstring's Args or Attributes."""
     _, _, rest = (inspect.getdoc(owner) or "").replace("Attributes:", "Args:").partition("Args:\n")
-    block = rest.partition("\n\n")[0]
+    block = re.sub(r"\n {6,}(?=\S)", " ", rest.partition("\n\n")[0])  # a text may go on, indented further
     return {n.strip(): text.strip() for n, colon, text in (line.partition(":") for line in block.splitlines()) if colon}
 
 
@@ -186,7 +203,7 @@ def _one_name(hint: Any) -> str:
         return hint.__metadata__[0]
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(typing.get_args(hint))
-    return {int: "integer", bool: "true or false", str: "text"}.get(hint, str(hint))
+    return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
 def members(hint: Any) -> tuple[Any, ...]:
@@ -214,10 +231,14 @@ def read(field: Field, text: str) -> Any:
             return BOOL_WORDS[text.lower()]
         if base is int and INTEGER.fullmatch(text):
             return _in_range(field, int(text))
+        if base is float and NUMBER.fullmatch(text) and math.isfinite(float(text)):
+            return float(text)
         if base is str:
             if not text or "\0" in text:
                 problem = "a NUL byte" if text else "an empty value"
                 raise UsageError(f"{field.path}={text!r}: expected {type_name(field.type)}, got {problem}")
+            if hint == jobs.DataRef:
+                return paths.data_ref(text)
             return paths.absolute(text) if hint in (jobs.Dir, jobs.File) else text
     raise _wrong(field, text, "")
 
@@ -240,6 +261,12 @@ def require(name: str, values: Mapping[str, Any]) -> None:
     if missing:
         needs = " and ".join(f"{m}=..." for m in missing)
         raise UsageError(f"recipes.{name} needs {needs}; for example\n  nemo-run recipes.{name} {example(name)}")
+
+
+def model_refs(name: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """The values that name a checkpoint by directory or hub id."""
+    fields = leaves(recipe_function(name))
+    return {p: values[p] for p, f in fields.items() if p in values and jobs.ModelRef in members(f.type)}
 
 
 def check_layout(name: str, values: Mapping[str, Any]) -> None:
@@ -282,20 +309,31 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
     parameters = inspect.signature(function).parameters
     recipe = function(**{p: values[p] for p in parameters if p in values})
     steps = RECIPES[name].steps or {}
+    set_by_user = [(p, v, *step_field(p, steps)) for p, v in values.items() if p not in parameters]
     # A step's own field wins over the common one, whatever their order.
-    for path, value in sorted(values.items(), key=lambda item: item[0].partition(".")[0] in steps):
-        if path in parameters:
+    for path, value, step, field in sorted(set_by_user, key=lambda item: item[2] is not None):
+        if not steps:
+            _set(recipe, field, value)
             continue
-        step, _, field = path.partition(".")
-        if step in steps and field:
-            _set(recipe[step], field, value)
-        elif steps:
-            for each, job in steps.items():
-                if path in leaves(jobs.JOBS[job]):
-                    _set(recipe[each], path, value)
-        else:
-            _set(recipe, path, value)
+        named = [step] if step else [s for s, job in steps.items() if field in leaves(jobs.JOBS[job])]
+        if not any(s in recipe for s in named):
+            raise UsageError(f"{path}: {_not_in_chain(name, named, recipe)}")
+        for each in named:
+            if each in recipe:
+                _set(recipe[each], field, value)
     return recipe
+
+
+def _not_in_chain(name: str, named: list[str], recipe: Mapping[str, Any]) -> str:
+    """That none of the steps ``named`` is in the chain, and the recipe's own field that puts it there."""
+    ways = [
+        f"{p}={s}"
+        for s in named
+        for p, f in leaves(recipe_function(name)).items()
+        if any(s in typing.get_args(m) for m in members(f.type) if typing.get_origin(m) is typing.Literal)
+    ]
+    hint = f"; set {' or '.join(ways)}" if ways else ""
+    return f"is a field of {' and '.join(named)}, but the steps of this chain are {', '.join(recipe)}{hint}"
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -305,10 +343,11 @@ def defaults(name: str) -> dict[str, Any]:
         return own
     stand_ins = {p: "" for p, value in own.items() if value is REQUIRED}
     recipe = build(name, stand_ins)
-    if steps_of(name):  # a common field shows what the first step with it has
+    if steps := steps_of(name):  # a common field shows what the first step with it has
         each: dict[str, Any] = {}
-        for step, partial in recipe.items():
-            found = flat(arguments(partial))
+        for step, job in steps.items():
+            found = {p: f.default for p, f in leaves(jobs.JOBS[job]).items()}
+            found |= flat(arguments(recipe[step])) if step in recipe else {}
             each = found | each | {f"{step}.{p}": v for p, v in found.items()}
         return each | own
     return flat(arguments(recipe)) | own

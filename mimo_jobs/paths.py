@@ -1,9 +1,13 @@
 """Where the submit side keeps its records, and how it reads paths. Standard library only."""
 
 import os
+import re
 import secrets
 import time
 from pathlib import Path
+
+HUB_DATA = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # as datasets.load_dataset takes it: owner/name, or name alone
+DATA_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".tar")
 
 
 def home() -> Path:
@@ -23,3 +27,11 @@ def new_id(name: str) -> str:
 def absolute(text: str) -> str:
     """An absolute path with ``~`` expanded; symbolic links are kept as the user wrote them."""
     return os.path.abspath(os.path.expanduser(text))
+
+
+def data_ref(text: str) -> str:
+    """A data set: a local path made absolute, or a hub id as it is."""
+    place = absolute(text)
+    if os.path.exists(place) or text.lower().endswith(DATA_FILES) or not HUB_DATA.fullmatch(text):
+        return place
+    return text

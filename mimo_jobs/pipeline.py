@@ -18,9 +18,10 @@ from mimo_jobs.console import size
 from mimo_jobs.errors import UsageError, UserError
 from mimo_jobs.layout import ParallelLayout, ResolvedLayout
 from mimo_jobs.records import RunRecord, StepRecord
+from mimo_jobs.worker import rebuilt
 
 IN_PROCESS = ("verify",)  # on this machine needs neither torch nor ranks: starting them would take longer than the work
-USE_GPUS = ("import_hf", "export_hf", "compare_logits")  # whose ranks are placed on GPUs
+USE_GPUS = ("import_hf", "sft", "lora", "export_hf", "compare_logits")  # whose ranks are placed on GPUs
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _decided(steps: list[Step], active: Collection[str], done: Collection[str]) 
     planned = []
     for step in steps:
         place = identity.place_of(step.job, step.arguments)
-        inputs = {v for n, v in step.arguments.items() if n in ("left", "right", "model") and v in pending}
+        inputs = {v for n, v in step.arguments.items() if n in ("left", "right", "model", "data") and v in pending}
         reads = {step.arguments.get("source"), step.arguments.get("adapter")} & pending
         inputs |= reads - earlier.keys()  # made by a step whose output says nothing about itself
         if place is None and step.name in done and not inputs and step.name not in active:
@@ -201,11 +202,28 @@ def _compared(step: Step, place: Path, expected: Mapping[str, Any]) -> Planned:
             ) from None
         return Planned(step, why=f"what is there is damaged: {error}", replaces=identity.revision(step.job, place))
     if recorded is None:
-        return Planned(step)
+        return _begun(step, place, expected)
     changed = identity.difference(recorded, expected)
     if not changed:
         return Planned(step, skip=True, why=f"done already: {place} was made from the same inputs and settings")
     return Planned(step, why=f"{changed}; {place} is replaced", replaces=identity.revision(step.job, place))
+
+
+def _begun(step: Step, place: Path, expected: Mapping[str, Any]) -> Planned:
+    """A step without an output; checkpoints that a fine-tuning with other settings left on its way make room for it."""
+    from mimo_jobs.conversion import identity
+
+    if step.job not in identity.TRAINING:
+        return Planned(step)
+    from mimo_jobs.training import saved
+
+    root = saved.steps_directory(place, overrides.flat(step.arguments).get("saving.directory"))
+    other, done = saved.other_run(root, expected), saved.progress(root)
+    if other is None:
+        return Planned(step, why=f"goes on after step {done}" if done else "")
+    changed = identity.difference(other.identity, expected)
+    why = f"{changed}; checkpoints up to step {other.step} of the run before are set aside"
+    return Planned(step, why=why, replaces=identity.revision(step.job, place))
 
 
 def _names(places: set[str]) -> str:
@@ -226,7 +244,7 @@ def _check_targets(steps: list[Planned]) -> None:
 
 def _preflight(plan: Plan, steps: list[Planned]) -> None:
     """Plan every step that can be planned now: one whose source an earlier step makes is planned from that step's own source."""
-    from mimo_jobs.conversion import preflight
+    from mimo_jobs.conversion import identity, preflight
 
     makers = {p.step.arguments["target"]: p.step for p in plan.to_run if "target" in p.step.arguments}
     needed: dict[int, int] = {}
@@ -235,16 +253,19 @@ def _preflight(plan: Plan, steps: list[Planned]) -> None:
         arguments = planned.job_step.arguments
         if "layout" not in arguments:
             continue
-        maker = makers.get(arguments.get("source", ""))
+        origin = _origin(arguments.get("source", ""), makers)
         if "model" in arguments and arguments["model"] in makers:
             continue  # an earlier step makes the model itself
-        if maker is None:
-            to_come = {"adapter": None} if arguments.get("adapter") in makers else {}
-            made = preflight.preflight(planned.step.job, {**arguments, **to_come})
-        elif maker.job == "import_hf" and not Path(maker.arguments["model"]).is_dir():
+        if isinstance(origin, Step) and not Path(origin.arguments["model"]).is_dir():
             continue  # an earlier step of the chain makes the model itself
+        if planned.step.job in identity.TRAINING:
+            made = _check_training(arguments, origin, makers)
+        elif isinstance(origin, Step):
+            made = preflight.check_export_of(origin.arguments, arguments)
         else:
-            made = preflight.check_export_of(maker.arguments, arguments)
+            to_come = {"adapter": None} if arguments.get("adapter") in makers else {}
+            at = {"source": origin} if "source" in arguments else {}
+            made = preflight.preflight(planned.step.job, {**arguments, **to_come, **at})
         planned.preflight = made
         if made is not None:
             place = next(p for p in Path(arguments["target"]).parents if p.exists())
@@ -256,6 +277,24 @@ def _preflight(plan: Plan, steps: list[Planned]) -> None:
         free = shutil.disk_usage(places[device]).free
         if total > free:
             raise UserError(f"the outputs of all steps need {size(total)}, but {places[device]} has {size(free)} free")
+
+
+def _origin(source: str, makers: Mapping[str, Step]) -> Step | str:
+    """The import that has still to make a checkpoint, or what it is trained from; else the checkpoint that is there."""
+    while (maker := makers.get(source)) is not None:
+        if maker.job == "import_hf":
+            return maker
+        source = maker.arguments["source"]
+    return source
+
+
+def _check_training(arguments: Mapping[str, Any], origin: Step | str, makers: Mapping[str, Step]) -> Any:
+    from mimo_jobs.training.preflight import check_training
+
+    to_come = arguments["data"] in makers
+    if isinstance(origin, Step):
+        return check_training(arguments, origin.arguments, to_come)
+    return check_training({**arguments, "source": origin}, None, to_come)
 
 
 # --------------------------------------------------------------------------------------------------------------- records
@@ -281,13 +320,13 @@ def record_at(root: Path, run_id: str, plan: Plan, executor: str, about: Mapping
 
 
 def step_of(recorded: StepRecord) -> Step:
-    """A recorded step as it was planned, for a run that goes on."""
-    from mimo_jobs.conversion.preflight import as_layout
+    """A recorded step as it was planned, for a run that goes on.
 
-    arguments = dict(recorded.arguments)
-    if "layout" in arguments:
-        arguments["layout"] = as_layout(arguments["layout"])
-    return Step(recorded.name, recorded.job, arguments)
+    Raises:
+        UsageError: its arguments are not those of its job; a record of another version.
+    """
+    where = f"{recorded.directory}: arguments"
+    return Step(recorded.name, recorded.job, rebuilt(jobs.JOBS[recorded.job], dict(recorded.arguments), where))
 
 
 def job_of(planned: Planned, recorded: StepRecord, names: re.Pattern[str] = SAFE_PATH) -> Job:

@@ -84,7 +84,13 @@ def _check_replaced(planned: Planned) -> None:
 
 def check_again(step: Step) -> None:
     """What could not be checked before the chain began, because the step's input was not there."""
-    if "layout" in step.arguments:
+    from mimo_jobs.conversion import identity
+
+    if step.job in identity.TRAINING:
+        from mimo_jobs.training.preflight import check_training
+
+        check_training(step.arguments)
+    elif "layout" in step.arguments:
         from mimo_jobs.conversion.preflight import preflight
 
         preflight(step.job, step.arguments)
@@ -127,10 +133,13 @@ def told(step: Step, summary: Mapping[str, Any]) -> str:
     if "max_abs_difference" in summary:
         each = ", ".join(f"{name} {value:g}" for name, value in summary["max_abs_difference"].items())
         return f"identical; max abs difference: {each}"
-    parts = [f"{summary['tensors']:,} tensors"] if "tensors" in summary else []
+    where = step.arguments.get("target")
+    if summary.get("loss") is not None:
+        first = f"{summary['first_loss']:.4g} → " if summary.get("first_loss") is not None else ""
+        return f"{summary['steps']:,} steps, loss {first}{summary['loss']:.4g} → {where}"
+    parts = [f"{summary[n]:,} {n}" for n in ("tensors", "samples") if n in summary]
     if isinstance(summary.get("bytes"), int):
         parts.append(size(summary["bytes"]))
-    where = step.arguments.get("target")
     return ", ".join(parts) + (f" → {where}" if where else "")
 
 

@@ -6,7 +6,7 @@ is continued by `submit` on the same record, and a job whose id was lost is foun
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from launchers.slurm import Request
 from launchers.slurm_commands import Partition, SlurmError, SlurmSilent
 from mimo_jobs import pipeline, placement, provenance
 from mimo_jobs.console import size
+from mimo_jobs.conversion.identity import TRAINING
 from mimo_jobs.errors import UserError
 from mimo_jobs.pipeline import USE_GPUS, Plan, Planned
 from mimo_jobs.placement import Placement
@@ -153,23 +154,51 @@ def _check_memory(plan: Plan, profile: Profile) -> None:
         raise UserError(
             f"executor.gpu={profile.gpu}: its memory is not known; set executor.gpu_memory in GB (known: {', '.join(GPU_MEMORY)})"
         )
-    named = profile.gpu or "GPU"
+    named = f"{profile.gpu or 'GPU'} of {limit} GB"
     for planned in plan.to_run:
-        held = planned.preflight.held if planned.preflight is not None else {}
-        if not held:
+        made = planned.preflight
+        if made is None or not made.held:
             continue
         layout = planned.step.layout
         assert layout is not None
-        total = sum(held.values()) if layout.colocated else max(held.values())
-        each = ", ".join(f"{name} {size(n)}" for name, n in held.items())
+        together = sum if layout.colocated else max
+        if planned.step.job in TRAINING:
+            _check_training_memory(plan, planned, named, limit * 1e9, together)
+            continue
+        total = together(made.held.values())
+        each = ", ".join(f"{name} {size(n)}" for name, n in made.held.items())
         fits = (
             "fits"
             if total < limit * 1e9
             else "does not fit: train it in a layout with more tensor or pipeline parallelism"
         )
         plan.notes.append(
-            f"{planned.step.name}: converts without GPU memory; the weights of a rank ({each}) on one {named} of {limit} GB: {fits}"
+            f"{planned.step.name}: converts without GPU memory; the weights of a rank ({each}) on one {named}: {fits}"
         )
+
+
+def _check_training_memory(
+    plan: Plan, planned: Planned, named: str, limit: float, together: Callable[[Iterable[int]], int]
+) -> None:
+    """A warning when what is there whatever the data does not fit, a note when the longest samples may not."""
+    needs = planned.preflight.memory
+    certain, total = together(m.certain for m in needs.values()), together(m.total for m in needs.values())
+    each = ", ".join(f"{name} {size(m.total)}" for name, m in needs.items())
+    more = "more layout.*.tp or layout.language.pp" + (
+        ", or the recipe qwen35vl_lora" if planned.step.job == "sft" else ""
+    )
+    if certain > limit:
+        plan.warnings.append(
+            f"{planned.step.name}: weights, gradients and optimizer state of a rank need {size(certain)}, one {named} has less: "
+            f"use {more}"
+        )
+    elif total > limit:
+        plan.notes.append(
+            f"{planned.step.name}: with the longest samples a rank may need {size(total)} ({each}), one {named} has less: if it runs "
+            f"out, lower micro_batch_size or dataset.max_length, set recompute=full, or use {more}"
+        )
+    else:
+        plan.notes.append(f"{planned.step.name}: a rank needs at most about {size(total)} ({each}) on one {named}: fits")
 
 
 # ---------------------------------------------------------------------------------------------------------- queueing

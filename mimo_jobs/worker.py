@@ -198,11 +198,11 @@ def read_job(path: Path) -> dict[str, Any]:
     if job["job"] not in JOBS:
         raise UsageError(f"{path}: unknown job {job['job']!r}{did_you_mean(job['job'], JOBS)}")
     job["function"] = JOBS[job["job"]]
-    job["arguments"] = _rebuilt(job["function"], job["arguments"], f"{path}: arguments")
+    job["arguments"] = rebuilt(job["function"], job["arguments"], f"{path}: arguments")
     return job
 
 
-def _rebuilt(owner: Any, values: Any, where: str) -> dict[str, Any]:
+def rebuilt(owner: Any, values: Any, where: str) -> dict[str, Any]:
     """Plain JSON -> keyword arguments of ``owner``, with nested dataclasses made again; strict about names."""
     parameters = {n: p for n, p in inspect.signature(owner).parameters.items() if n != "world"}
     if not isinstance(values, dict):
@@ -217,9 +217,9 @@ def _rebuilt(owner: Any, values: Any, where: str) -> dict[str, Any]:
     for name, value in values.items():
         hint = parameters[name].annotation
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            made[name] = hint(**_rebuilt(hint, value, f"{where}.{name}"))
+            made[name] = hint(**rebuilt(hint, value, f"{where}.{name}"))
         elif _fits(hint, value):
-            made[name] = value
+            made[name] = float(value) if _takes(float, hint) and not _takes(int, hint) and type(value) is int else value
         else:
             plain = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
             expected = plain.__name__ if isinstance(plain, type) else str(plain).replace("typing.", "")
@@ -234,7 +234,12 @@ def _fits(hint: Any, value: Any) -> bool:
         return any(_fits(m, value) for m in members)
     if origin is typing.Literal:
         return value in members
-    return type(value) is (members[0] if origin is typing.Annotated else hint)
+    wanted = members[0] if origin is typing.Annotated else hint
+    return type(value) is wanted or (wanted is float and type(value) is int)
+
+
+def _takes(kind: type, hint: Any) -> bool:
+    return hint is kind or kind in typing.get_args(hint)
 
 
 def write_result(record: Path, result: dict[str, Any]) -> bool:

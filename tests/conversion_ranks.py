@@ -63,7 +63,7 @@ def start_worker(
     return [
         subprocess.Popen(
             [sys.executable, "-m", "mimo_jobs.worker", str(record / "JOB.json")],
-            env={**os.environ, "RANK": str(r), "WORLD_SIZE": str(size)}, preexec_fn=partial(limited, r),
+            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size)}, preexec_fn=partial(limited, r),
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )
         for r in range(size)

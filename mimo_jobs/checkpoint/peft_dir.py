@@ -3,7 +3,8 @@
 ```
 ADAPTER/
   adapter_config.json         peft.LoraConfig
-  adapter_model.safetensors   base_model.model.<module>.lora_A.weight (rank, in), .lora_B.weight (out, rank)
+  adapter_model.safetensors   base_model.model.<module>.lora_A.weight (rank, in), .lora_B.weight (out, rank),
+                              .lora_magnitude_vector (out,)
   mimo_adapter.json           ours: digest of the base, identity, versions; PEFT does not read it
 ```
 """
@@ -30,11 +31,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 MANIFEST_NAME = "mimo_adapter.json"
 FORMAT = 1
 PREFIX = "base_model.model."  # PeftModel.base_model is a LoraModel, whose .model is the transformers model
-PARTS = ("lora_A", "lora_B")
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # the last with DoRA alone
 
 # Settings under which W + scale * B @ A is not all there is. Each must be absent, false, empty or "none".
 _PLAIN = (
-    "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out", "layer_replication",
+    "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication",
     "target_parameters", "trainable_token_indices", "lora_bias", "alora_invocation_tokens", "use_bdlora", "use_qalora",
     "kasa_config", "velora_config", "arrow_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
@@ -75,8 +76,13 @@ class PeftAdapter:
 
 
 def tensor_name(module: str, part: str) -> str:
-    """Name of ``lora_A`` or ``lora_B`` of a module in the file."""
-    return f"{PREFIX}{module}.{part}.weight"
+    """Name of a part of a module's adapter in the file."""
+    return f"{PREFIX}{module}.{part}" + (".weight" if part != PARTS[2] else "")
+
+
+def parts(dora: bool) -> tuple[str, ...]:
+    """What an adapter of one module is made of."""
+    return PARTS if dora else PARTS[:2]
 
 
 def read_peft(directory: Path) -> PeftAdapter:
@@ -96,14 +102,15 @@ def read_peft(directory: Path) -> PeftAdapter:
         hint = old if (directory / "adapter_model.bin").exists() else ""
         raise UserError(f"{directory}: has no {WEIGHTS_NAME}{hint}")
     shard = read_shard(directory / WEIGHTS_NAME)
-    modules, tensors = _tensors(shard, directory / WEIGHTS_NAME, rank)
+    dora = bool(config.get("use_dora"))
+    modules, tensors = _tensors(shard, directory / WEIGHTS_NAME, rank, dora)
     own = read_object(directory / MANIFEST_NAME) if (directory / MANIFEST_NAME).is_file() else {}
     if own and own.get("format") != FORMAT:
         raise UserError(
             f"{directory / MANIFEST_NAME}: format {own.get('format')!r}; this version of mimo_jobs reads {FORMAT}"
         )
     return PeftAdapter(
-        directory, rank, alpha, bool(config.get("use_rslora")), False, float(config.get("lora_dropout") or 0.0),
+        directory, rank, alpha, bool(config.get("use_rslora")), dora, float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"), modules, shard, tensors, own.get("base"), own.get("identity") or {},
     )  # fmt: skip
 
@@ -132,8 +139,8 @@ def _check_config(config: dict[str, Any], path: Path) -> tuple[int, float]:
     return rank, float(alpha)
 
 
-def _tensors(shard: Shard, path: Path, rank: int) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:
-    ends = {f".{part}.weight": part for part in PARTS}
+def _tensors(shard: Shard, path: Path, rank: int, dora: bool) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:
+    ends = {tensor_name("", part).removeprefix(PREFIX): part for part in parts(dora)}
     found: dict[str, TensorInfo] = {}
     for name, info in shard.tensors.items():
         end = next((e for e in ends if name.endswith(e)), None)
@@ -144,12 +151,12 @@ def _tensors(shard: Shard, path: Path, rank: int) -> tuple[tuple[str, ...], dict
         if info.dtype not in FLOATS:
             raise UserError(f"{path}: {name} has dtype {info.dtype}; supported: {', '.join(FLOATS)}")
         axis = PARTS.index(ends[end])
-        if len(info.shape) != 2 or info.shape[axis] != rank:
+        if len(info.shape) != (1 if axis == 2 else 2) or (axis < 2 and info.shape[axis] != rank):
             raise UserError(f"{path}: {name} has shape {list(info.shape)}, but {CONFIG_NAME} says r={rank}")
         found[name.removeprefix(PREFIX).removesuffix(".weight")] = info
     modules = tuple(dict.fromkeys(n.rpartition(".")[0] for n in found))
     for module in modules:
-        for part in PARTS:
+        for part in parts(dora):
             if f"{module}.{part}" not in found:
                 raise UserError(f"{path}: {tensor_name(module, part)} is missing; the adapter is incomplete")
     if not modules:
@@ -169,9 +176,9 @@ def check_adapter(adapter: PeftAdapter, weight_map: WeightMap, of: str) -> None:
             raise UserError(
                 f"{adapter.directory}: has an adapter of {module}, which is no projection of {of}{did_you_mean(module, known)}"
             )
-        a, b = (adapter.tensors[f"{module}.{part}"].shape for part in PARTS)
+        a, b, *magnitude = (adapter.tensors[f"{module}.{part}"].shape for part in parts(adapter.dora))
         base = known[module]
-        if (b[0], a[1]) != (base.out_features, base.in_features):
+        if (b[0], a[1]) != (base.out_features, base.in_features) or any(m != b[:1] for m in magnitude):
             raise UserError(
                 f"{adapter.directory}: the adapter of {module} is for a weight of shape [{b[0]}, {a[1]}], but that of {of} is "
                 f"[{base.out_features}, {base.in_features}]; it was trained on another model ({adapter.base_model})"
@@ -199,11 +206,13 @@ def base_digest(manifest: Manifest) -> str | None:
     return file_digest(json.dumps(digests).encode()) if digests else None
 
 
-def layout_of(modules: Sequence[str], weight_map: WeightMap, rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
+def layout_of(
+    modules: Sequence[str], weight_map: WeightMap, rank: int, dora: bool = False
+) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of every tensor of an adapter's file, fp32."""
-    known = projections(weight_map)
-    return [
-        (tensor_name(m, part), "F32", shape)
-        for m in modules
-        for part, shape in zip(PARTS, ((rank, known[m].in_features), (known[m].out_features, rank)), strict=True)
-    ]
+    known, found = projections(weight_map), []
+    for module in modules:
+        rows, columns = known[module].out_features, known[module].in_features
+        shapes: list[tuple[int, ...]] = [(rank, columns), (rows, rank), (rows,)]
+        found += [(tensor_name(module, p), "F32", shape) for p, shape in zip(parts(dora), shapes, strict=False)]
+    return found

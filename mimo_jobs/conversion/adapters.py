@@ -19,6 +19,7 @@ from mimo_jobs.checkpoint.peft_dir import (
     PeftAdapter,
     check_adapter,
     layout_of,
+    parts,
     read_peft,
     tensor_name,
 )
@@ -26,7 +27,7 @@ from mimo_jobs.conversion import publish
 from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
 from mimo_jobs.modeling.build import BuiltModel
-from mimo_jobs.modeling.lora import adapted_layers
+from mimo_jobs.modeling.lora import MAGNITUDE, adapted_layers
 from mimo_jobs.weights import transfer
 from mimo_jobs.weights.adapters import AdaptedLinear, adapted_linears, target_modules, targeted
 from mimo_jobs.weights.dtypes import cast_to, itemsize
@@ -78,7 +79,8 @@ def write_peft(
     """
     weight_map = _weight_map(built)
     modules = targeted(weight_map, lora.targets)
-    shard = new_shard(directory, WEIGHTS_NAME, make_header(layout_of(modules, weight_map, lora.rank), {"format": "pt"}))
+    entries = layout_of(modules, weight_map, lora.rank, lora.dora)
+    shard = new_shard(directory, WEIGHTS_NAME, make_header(entries, {"format": "pt"}))
     staging, first = publish.staging_of(directory, run_id), dist.get_rank() == 0
     with _together():
         if first:
@@ -137,7 +139,9 @@ def fill_adapters(built: BuiltModel, directory: Path) -> PeftAdapter:
                 raise UserError(
                     f"{directory}: has r={adapter.rank}, the model lora.rank={rank}; set lora.rank={adapter.rank}"
                 )
-            for place in _places(layer.adapted, rank):
+            if (layer.lora_magnitude_vector is not None) != adapter.dora:
+                raise UserError(f"{directory}: has use_dora={adapter.dora}; set lora.dora={str(adapter.dora).lower()}")
+            for place in _places(layer.adapted, rank, adapter.dora):
                 info = adapter.tensors[f"{place.module}.{place.part}"]
                 raw = memoryview(bytearray(place.count * itemsize(info.dtype)))
                 transfer.read_full(source, raw, info.offset + place.first * itemsize(info.dtype))
@@ -153,8 +157,8 @@ def _weight_map(built: BuiltModel) -> Any:
     return family_of(config).weight_map(config)
 
 
-def _places(layer: AdaptedLinear, rank: int) -> Iterator[_Place]:
-    """Everything that a layer's A and B hold on this rank."""
+def _places(layer: AdaptedLinear, rank: int, dora: bool) -> Iterator[_Place]:
+    """Everything that a layer's adapter holds on this rank."""
     whole = layer.columns == layer.in_features
     for number, module in enumerate(layer.modules):
         start = number * rank
@@ -167,6 +171,8 @@ def _places(layer: AdaptedLinear, rank: int) -> Iterator[_Place]:
     for run in layer.runs:
         rows = slice(run.row, run.row + run.count)
         yield _Place(layer.modules[run.module], "lora_B", rows, run.hf_row * rank, run.count * rank)
+        if dora:
+            yield _Place(layer.modules[run.module], MAGNITUDE, rows, run.hf_row, run.count)
 
 
 def _write_own(built: BuiltModel, shard: Shard, target: int) -> None:
@@ -175,10 +181,11 @@ def _write_own(built: BuiltModel, shard: Shard, target: int) -> None:
         groups = built.groups[layer.adapted.component]
         if groups.dp_cp.rank() != 0:
             continue
-        cut = "lora_A" if layer.adapted.by_columns else "lora_B"
-        values = {part: _host(getattr(layer, part)) for part in ("lora_A", "lora_B")}
-        for place in _places(layer.adapted, layer.lora_B.shape[1]):
-            if place.part == cut or groups.tp.rank() == 0:
+        dora = layer.lora_magnitude_vector is not None
+        cut = ("lora_A",) if layer.adapted.by_columns else ("lora_B", MAGNITUDE)
+        values = {part: _host(getattr(layer, part)) for part in parts(dora)}
+        for place in _places(layer.adapted, layer.lora_B.shape[1], dora):
+            if place.part in cut or groups.tp.rank() == 0:
                 raw = values[place.part][place.rows].contiguous().view(torch.uint8).numpy()
                 info = shard.tensors[tensor_name(place.module, place.part)]
                 transfer.write_full(target, memoryview(raw).cast("B"), info.offset + place.first * itemsize("F32"))

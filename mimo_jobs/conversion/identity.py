@@ -21,6 +21,7 @@ from mimo_jobs.checkpoint.manifest import (
     read_manifest,
 )
 from mimo_jobs.checkpoint.peft_dir import CONFIG_NAME, read_peft
+from mimo_jobs.checkpoint.peft_dir import MANIFEST_NAME as PEFT_MANIFEST_NAME
 from mimo_jobs.conversion.options import parse_options
 from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
@@ -28,6 +29,7 @@ from mimo_jobs.weights.json_files import read_bytes, read_object
 from mimo_jobs.weights.safetensors_io import HfCheckpoint, open_hf
 
 Identity = dict[str, Any]
+_MANIFESTS = {"import_hf": MANIFEST_NAME, "sft": MANIFEST_NAME, "lora": PEFT_MANIFEST_NAME, "export_hf": PARITY_NAME}
 CHANGED = "{} is not what it was when this run was planned; it was left as it is: run the pipeline again, which looks at it anew"
 
 
@@ -92,20 +94,25 @@ def of_verify(left: str, right: str, dtype: str | None, mtp: str) -> Identity:
 
 
 TRAINING = ("sft", "lora")
-_ELSEWHERE = ("source", "data", "target", "layout", "saving", "logging", "stop", "overwrite")
-_SPEED = ("workers", "prefetch")
+_ELSEWHERE = ("source", "data", "target", "layout", "validation", "saving", "logging", "stop", "overwrite")
+_SPEED = ("micro_batch_size", "sequence_parallel", "recompute")
+_SPEED_OF_DATA = ("workers", "prefetch")
 
 
-def of_training(job: str, source: str, arguments: Mapping[str, Any]) -> Identity:
-    """The identity of what a fine-tuning run makes; the layout changes its numbers by rounding only, so it is not part of it.
+def of_training(job: str, source: str, rules_version: int, arguments: Mapping[str, Any]) -> Identity:
+    """The identity of what a fine-tuning run makes.
+
+    The layout and how a batch is worked off change its numbers by rounding only, so they are not part of it: a run that needs
+    too much memory may go on with others.
 
     Args:
         source: `of_checkpoint` of what the run begins with.
     """
-    settings = {n: _plain(v) for n, v in arguments.items() if n not in _ELSEWHERE}
-    settings["dataset"] = {n: v for n, v in settings["dataset"].items() if n not in _SPEED}
-    settings.pop("validation")  # changes no weight
-    return {"job": job, "source": source, "data": of_data(arguments["data"]), **settings}
+    settings = {n: _plain(v) for n, v in arguments.items() if n not in (*_ELSEWHERE, *_SPEED)}
+    settings["dataset"] = {n: v for n, v in settings["dataset"].items() if n not in _SPEED_OF_DATA}
+    if adapter := settings.get("lora", {}).get("adapter"):
+        settings["lora"] = {**settings["lora"], "adapter": of_adapter(Path(adapter))}
+    return {"job": job, "rules": rules_version, "source": source, "data": of_data(arguments["data"]), **settings}
 
 
 def _plain(value: Any) -> Any:
@@ -145,8 +152,12 @@ def recorded(job: str, place: Path) -> Identity | None:
     """
     if not place.exists():
         return None
-    if job == "import_hf":
+    if job in ("import_hf", "sft"):
         return read_manifest(place).identity or {}
+    if job == "lora":
+        if not (place / PEFT_MANIFEST_NAME).is_file():
+            raise UserError(f"{place}: has no {PEFT_MANIFEST_NAME}: not an adapter of mimo_jobs")
+        return read_peft(place).identity
     if job == "verify":
         found = read_object(place)
         if found.get("kind") != "verify":
@@ -159,7 +170,9 @@ def recorded(job: str, place: Path) -> Identity | None:
 
 
 def rules_of(directory: Path) -> int:
-    """The version of the rules for a Hugging Face checkpoint."""
+    """The version of the rules of a MIMO checkpoint, or for a Hugging Face checkpoint."""
+    if (directory / MANIFEST_NAME).exists():
+        return read_manifest(directory).rules_version
     return family_of(read_config(directory), directory / "config.json").rules_version
 
 
@@ -169,12 +182,12 @@ def is_ours(job: str, place: Path) -> bool:
         with contextlib.suppress(OSError):
             return b'"kind": "verify"' in place.read_bytes()[:200]
         return False
-    return (place / {"import_hf": MANIFEST_NAME, "export_hf": PARITY_NAME}[job]).is_file()
+    return (place / _MANIFESTS[job]).is_file()
 
 
 def revision(job: str, place: Path) -> str:
     """A digest of the manifest of an output, damaged or not; empty when it has none."""
-    manifest = {"import_hf": place / MANIFEST_NAME, "export_hf": place / PARITY_NAME}.get(job, place)
+    manifest = place / _MANIFESTS[job] if job in _MANIFESTS else place
     return file_digest(manifest.read_bytes()) if manifest.is_file() else ""
 
 
@@ -193,15 +206,16 @@ def expected(job: str, arguments: Mapping[str, Any], earlier: Mapping[str, Ident
     if job == "export_hf":
         made = earlier.get(arguments["source"])
         source = Path(arguments["source"])
-        rules = made["rules"] if made else read_manifest(source).rules_version
+        rules = made["rules"] if made else rules_of(source)
         revision = digest(made) if made else of_mimo(source)
         adapter = arguments.get("adapter")
         if adapter:
             adapter = digest(earlier[adapter]) if adapter in earlier else of_adapter(Path(adapter))
         return of_export(revision, rules, arguments["dtype"], arguments["mtp"], arguments["verify"], adapter)
     if job in TRAINING:
-        made = earlier.get(arguments["source"])
-        return of_training(job, digest(made) if made else of_checkpoint(Path(arguments["source"])), arguments)
+        made, source = earlier.get(arguments["source"]), Path(arguments["source"])
+        rules = made["rules"] if made else rules_of(source)
+        return of_training(job, digest(made) if made else of_checkpoint(source), rules, arguments)
     if job == "verify" and arguments.get("certificate"):
         left, right = (of_hf(Path(arguments[side])) for side in ("left", "right"))
         return of_verify(left, right, arguments["dtype"], arguments["mtp"])
@@ -210,7 +224,7 @@ def expected(job: str, arguments: Mapping[str, Any], earlier: Mapping[str, Ident
 
 def place_of(job: str, arguments: Mapping[str, Any]) -> Path | None:
     """Where a job's output lies, None when it leaves none that carries an identity."""
-    name = {"import_hf": "target", "export_hf": "target", "verify": "certificate"}.get(job)
+    name = "target" if job in _MANIFESTS else {"verify": "certificate"}.get(job)
     return Path(arguments[name]) if name and arguments.get(name) else None
 
 
@@ -225,7 +239,7 @@ def is_complete(job: str, arguments: Mapping[str, Any]) -> bool:
 
 NAMES = {
     "rules": "the conversion rules", "source": "the source", "dtype": "dtype", "mtp": "mtp", "verify": "verify", "left": "left",
-    "right": "right", "job": "the job", "adapter": "the adapter",
+    "right": "right", "job": "the job", "adapter": "the adapter", "data": "the data",
 }  # fmt: skip
 
 
@@ -234,16 +248,25 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if not before:
         return "it does not say what it was made from"
     changed = []
+    before, now = _flat(before), _flat(now)
     for name in dict.fromkeys([*now, *before]):
         old, new = before.get(name), now.get(name)
         if old != new:
-            short = isinstance(old, str) and len(old) == 64 and isinstance(new, str)
+            short = any(isinstance(v, str) and len(v) == 64 for v in (old, new))
             changed.append(
                 f"{NAMES.get(name, name)} changed"
                 if short
                 else f"{NAMES.get(name, name)} was {_word(old)}, now {_word(new)}"
             )
     return "; ".join(changed)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optimizer": {"lr": 1e-5}}`` -> ``{"optimizer.lr": 1e-5}``."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _word(value: object) -> str:

@@ -1,12 +1,14 @@
 """An adapter added to the weights while they stream: ``W + scale * B @ A``, rows at a time, rounded once. No torch.
 
+Under DoRA each row of the sum is then given its magnitude for norm.
 Each rank merges the rows that it writes, so nothing is gathered and memory stays at a few tiles of rows.
 """
 
+import math
 from functools import lru_cache
 from typing import Any
 
-from mimo_jobs.checkpoint.peft_dir import WEIGHTS_NAME, PeftAdapter
+from mimo_jobs.checkpoint.peft_dir import PARTS, WEIGHTS_NAME, PeftAdapter
 from mimo_jobs.weights import transfer
 from mimo_jobs.weights.adapters import WEIGHT, scale_of
 from mimo_jobs.weights.dtypes import cast_to, itemsize
@@ -50,8 +52,10 @@ class Merger:
                 values[done : done + len(part)] = part
                 done += len(part)
                 moved(len(block))
-            update = self._update(module, row, end, _numpy(wide))
-            merged = memoryview((values.reshape(update.shape) + update).view(np.uint8)).cast("B")
+            total = values.reshape(end - row, row_elements) + self._update(module, row, end, _numpy(wide))
+            if self._adapter.dora:
+                total *= self._magnitudes(module, row, end, _numpy(wide)) / np.linalg.norm(total, axis=1, keepdims=True)
+            merged = memoryview(total.view(np.uint8)).cast("B")
             cast = cast_to(wide, dtype)
             raw = cast(merged) if cast else merged
             transfer.write_full(target, raw, offset + row * row_elements * itemsize(dtype))
@@ -61,6 +65,9 @@ class Merger:
         start = row - row % TILE
         b = self._rows(f"{module}.lora_B", start, min(TILE, self._shape(module)[0] - start), dtype)
         return (b @ self._a(module, dtype))[row - start : stop - start] * dtype(self._scale)
+
+    def _magnitudes(self, module: str, row: int, stop: int, dtype: Any) -> Any:
+        return self._rows(f"{module}.{PARTS[2]}", row, stop - row, dtype)
 
     def _shape(self, module: str) -> tuple[int, ...]:
         return self._adapter.tensors[f"{module}.lora_B"].shape
@@ -72,10 +79,11 @@ class Merger:
         import numpy as np
 
         info = self._adapter.tensors[tensor]
-        width = info.shape[1] * itemsize(info.dtype)
+        columns = math.prod(info.shape[1:])
+        width = columns * itemsize(info.dtype)
         raw = memoryview(bytearray(count * width))
         transfer.read_full(self._fd, raw, info.offset + row * width)
-        return np.frombuffer(raw, _numpy(info.dtype)).astype(dtype).reshape(count, info.shape[1])
+        return np.frombuffer(raw, _numpy(info.dtype)).astype(dtype).reshape(count, columns)
 
 
 def _tiles(first: int, stop: int) -> list[int]:

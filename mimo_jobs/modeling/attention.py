@@ -154,7 +154,7 @@ class GatedDeltaNet(McoreGatedDeltaNet):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -172,26 +172,27 @@ class GatedDeltaNet(McoreGatedDeltaNet):
 
     def _forward_packed(self, hidden_states: Tensor, packed: PackedSeqParams) -> tuple[Tensor, Tensor | None]:
         """The torch rule knows no boundaries: between the projections, samples lie beside each other, right-padded."""
-        projected, _ = apply_module(self.in_proj)(hidden_states)  # seq, 1, sections
+        in_proj: Any = self.in_proj
+        out_proj: Any = self.out_proj
+        projected, _ = in_proj(hidden_states)  # seq, 1, sections
         bounds = packed.cu_seqlens_q
         samples = projected[:, 0].split((bounds[1:] - bounds[:-1]).tolist())
         lengths = [len(s) for s in samples]
         padded = torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True)  # samples, longest, sections
         batch, longest, _ = padded.shape
         qkv, gate, beta, alpha = padded.split(self.feat_dim_split, -1)
-        gate = gate.reshape(batch, longest, -1, self.value_head_dim)
+        gate = gate.unflatten(-1, (-1, self.out_norm.weight.numel()))
         mixed = F.conv1d(
             qkv.transpose(1, 2), self.conv1d.weight, self.conv1d.bias, padding=self.conv1d.padding, groups=qkv.shape[-1]
         )
         qkv = self.act_fn(mixed[..., :longest]).transpose(1, 2)
-        query, key, value, gate, beta, alpha = self._prepare_input_for_gated_delta_rule(
-            qkv, gate, batch, longest, beta, alpha
-        )
+        prepare: Any = self._prepare_input_for_gated_delta_rule  # annotated as taking tuples
+        query, key, value, gate, beta, alpha = prepare(qkv, gate, batch, longest, beta, alpha)
         decay, beta = self._compute_g_and_beta(self.A_log, self.dt_bias, alpha, beta)
         out, _ = self.gated_delta_rule(query, key, value, g=decay, beta=beta)
         out = self._gated_norm_and_a2a(out, gate, None, batch, longest)  # longest, samples, values
         joined = torch.cat([out[:length, i] for i, length in enumerate(lengths)])[:, None]
-        return apply_module(self.out_proj)(joined)
+        return out_proj(joined)
 
     def _compute_g_and_beta(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, A_log_local_cp: Tensor, dt_bias_local_cp: Tensor, alpha: Tensor, beta: Tensor

@@ -11,6 +11,9 @@ only the product with A, ``rank`` wide, travels:
 | column | yes | gathered; its gradient is reduce-scattered | A's, of a part of the sequence: summed by finalize_model_grads |
 | row | no | summed over tp | whole on every rank |
 | row | yes | reduce-scattered; its gradient is gathered | B's, of a part of the sequence: summed by finalize_model_grads |
+
+DoRA (arXiv 2402.09353) adds ``lora_magnitude_vector`` (rows): what the norm of each row of W + scale * B @ A is made to be. That norm
+counts as a constant in the backward pass, as in PEFT; a row-parallel layer sums its square over tp.
 """
 
 import hashlib
@@ -43,13 +46,15 @@ from mimo_jobs.weights.adapters import AdaptedLinear, adapted_linears, check_sta
 if TYPE_CHECKING:
     from mimo_jobs.training.config import Lora
 
-ADAPTER_PARAMETERS = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude_vector"
+ADAPTER_PARAMETERS = ("lora_A", "lora_B", MAGNITUDE)
 
 
 def add_adapters(built: BuiltModel, lora: "Lora", seed: int = 0) -> None:
-    """Put adapters into this rank's layers and freeze everything else. No communication.
+    """Put adapters into this rank's layers and freeze everything else.
 
-    Call it once, before the components are wrapped (DDP); the base weights may be filled before or after. Adapters are fp32
+    Call it once, after the base weights were filled (DoRA starts from their norms) and before the components are wrapped
+    (DDP). No communication but for DoRA, which is collective over each component's tp groups. Adapters are fp32
     whatever the model's dtype, and compute in the dtype of the activations. A starts as in PEFT (``kaiming_uniform`` with
     a=sqrt(5)), the same values in every layout; B starts at zero, so the model is what it was.
 
@@ -84,8 +89,8 @@ def _check(lora: "Lora") -> None:
         raise UsageError(f"lora.alpha={lora.alpha!r}: expected a number above 0")
     if not 0 <= lora.dropout < 1:
         raise UsageError(f"lora.dropout={lora.dropout!r}: expected a number of at least 0 and below 1")
-    if lora.dora:
-        raise UsageError("lora.dora=true is not implemented; set lora.dora=false")
+    if lora.dora and lora.dropout:
+        raise UsageError(f"lora.dropout={lora.dropout} is not implemented for lora.dora=true; set lora.dropout=0")
 
 
 def adapted_layers(built: BuiltModel) -> dict[str, "AdaptedLayer"]:
@@ -175,16 +180,20 @@ class AdaptedLayer(nn.Module):
         lora_A: fp32 (S * rank, local columns).
         lora_B: fp32 (local rows, rank).
         lora_owner: bool (local rows, S): whose row it is; None when all rows are one projection's.
+        lora_magnitude_vector: fp32 (local rows,) under DoRA; rows without an adapter are not scaled.
     """
 
     adapted: AdaptedLinear
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_owner: Tensor | None
+    lora_magnitude_vector: nn.Parameter | None
     lora_scale: float
     lora_dropout: float
     # of the parallel layers
     weight: nn.Parameter
+    bias: nn.Parameter | None
+    skip_bias_add: bool
     sequence_parallel: bool
     tp_group: torch.distributed.ProcessGroup
 
@@ -205,6 +214,13 @@ class AdaptedLayer(nn.Module):
             owner[run.row : run.row + run.count, run.module] = True
         trivial = len(layer.modules) == 1 and bool(owner.all())
         self.register_buffer("lora_owner", None if trivial else owner.to(device), persistent=False)
+        self.register_parameter(MAGNITUDE, None)
+        if lora.dora:
+            self.lora_magnitude_vector = magnitude = nn.Parameter(self._row_norms())
+            if layer.by_columns:
+                magnitude.sequence_parallel = self.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                set_tensor_model_parallel_attributes(magnitude, is_parallel=True, dim=0, stride=1)
 
     def _down(self, x: Tensor, cut: bool) -> Tensor:
         """(..., local columns) to (..., S * rank), scaled."""
@@ -213,26 +229,48 @@ class AdaptedLayer(nn.Module):
             x = x * keep * (1 / (1 - self.lora_dropout))
         return F.linear(x, self.lora_A.to(x.dtype)) * self.lora_scale
 
-    def _up(self, a: Tensor) -> Tensor:
-        """(..., S * rank) to (..., local rows): B in block form, so that each row sees its own projection's product alone."""
-        b = self.lora_B.to(a.dtype)
+    def _block_b(self, dtype: torch.dtype) -> Tensor:
+        """B as (local rows, S * rank), so that each row sees its own projection's product alone."""
+        b = self.lora_B.to(dtype)
+        return b if self.lora_owner is None else (b[:, None, :] * self.lora_owner[:, :, None]).flatten(1)
+
+    def _adapted(self, output: Tensor, bias: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The base layer's result with the product of A, (..., S * rank), brought up to (..., local rows) and added."""
+        update = F.linear(a, self._block_b(a.dtype))
+        if self.lora_magnitude_vector is None:
+            return output + update, bias
+        factor = self.lora_magnitude_vector / self._row_norms()
         if self.lora_owner is not None:
-            b = (b[:, None, :] * self.lora_owner[:, :, None]).flatten(1)
-        return F.linear(a, b)
+            factor = torch.where(self.lora_owner.any(1), factor, 1.0)
+        added = None if self.skip_bias_add else self.bias  # the magnitude is not the bias's
+        plain = output if added is None else output - added
+        scaled = (plain + update) * factor.to(output.dtype)
+        return scaled if added is None else scaled + added, bias
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """fp32 (local rows,): norms of whole rows of W + scale * B @ A."""
+        squares = torch.addmm(
+            self.weight.float(), self._block_b(torch.float32), self.lora_A.float(), alpha=self.lora_scale
+        ).square().sum(1)  # fmt: skip
+        if self.adapted.by_columns and self.tp_group.size() > 1:
+            torch.distributed.all_reduce(squares, group=self.tp_group)
+        return squares.sqrt()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """As the base layer's, with A and B cut as the weight is; B has the sections that the weight has."""
+        """As the base layer's, with the adapter cut as the weight is; what has its rows has its sections."""
         by_columns = self.adapted.by_columns
-        axes = {"weight": 1, "lora_A": 1} if by_columns else {"weight": 0, "bias": 0, "lora_B": 0}
+        axes = {"weight": 1, "lora_A": 1} if by_columns else {"weight": 0, "bias": 0, "lora_B": 0, MAGNITUDE: 0}
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, axes, sharded_offsets,
             tp_group=self.tp_group, dp_cp_group=(metadata or {})["dp_cp_group"],
         )  # fmt: skip
         if len(self.adapted.sections) > 1:
-            name = f"{prefix}lora_B"
-            state[name] = _in_sections(state[name], self.adapted, sharded_offsets)
+            for name in (f"{prefix}lora_B", f"{prefix}{MAGNITUDE}"):
+                if name in state:
+                    state[name] = _in_sections(state[name], self.adapted, sharded_offsets)
         return state
 
 
@@ -247,7 +285,7 @@ class AdaptedColumnParallelLinear(AdaptedLayer, ColumnParallelLinear):
             a = gather_from_sequence_parallel_region(a, group=self.tp_group)
         elif self.tp_group.size() > 1:
             a = copy_to_tensor_model_parallel_region(a, group=self.tp_group)
-        return output + self._up(a), bias
+        return self._adapted(output, bias, a)
 
 
 class AdaptedRowParallelLinear(AdaptedLayer, RowParallelLinear):
@@ -262,7 +300,7 @@ class AdaptedRowParallelLinear(AdaptedLayer, RowParallelLinear):
             a = reduce_scatter_to_sequence_parallel_region(a, group=self.tp_group)
         elif self.tp_group.size() > 1:
             a = reduce_from_tensor_model_parallel_region(a, group=self.tp_group)
-        return output + self._up(a), bias
+        return self._adapted(output, bias, a)
 
 
 _ADAPTED = {ColumnParallelLinear: AdaptedColumnParallelLinear, RowParallelLinear: AdaptedRowParallelLinear}

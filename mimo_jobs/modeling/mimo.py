@@ -46,7 +46,8 @@ class Mimo(MimoModel):
         """Embeddings of every token, image tokens included: (seq, batch, hidden)."""
         if self._places is None:
             return super().get_text_embeddings(input_ids, position_ids, special_token_ids)
-        return unwrap_model(self.language_model).embedding(input_ids=input_ids, position_ids=None)
+        language: Any = unwrap_model(self.language_model)  # pyright: ignore[reportArgumentType]
+        return language.embedding(input_ids=input_ids, position_ids=None)
 
     def align_embeddings_by_token_positions(
         self, modality_embeddings: dict[str, Tensor], input_ids: Tensor, special_token_ids: dict[str, int]

@@ -6,6 +6,7 @@ HTML beside it, placed in percent: so it keeps its size in a narrow window and o
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ class Curve:
     style: str
     path: str
     dots: str = ""
+    area: bool = False
 
 
 @dataclass
@@ -110,7 +112,7 @@ def line_chart(
         title, unit, curves, _x_ticks(across), _y_ticks(up), _marks(marks, across),
         [Tick(across(x) / 10, f"step {x:g}") for x in lost[:: max(1, len(lost) // MOST_MARKS)]],
         {
-            "x": [across.low, across.high], "y": [up.low, up.high], "log": up.log, "unit": unit, "stacked": False,
+            "x": [across.low, across.high], "y": [up.low, up.high], "log": up.log, "unit": unit,
             "lines": [
                 {"name": line.name, "style": line.style, "x": [x for x, _ in kept[line.name]], "y": [_short(y) for _, y in kept[line.name]]}
                 for line in lines if kept[line.name]
@@ -121,9 +123,15 @@ def line_chart(
 
 
 def stacked_chart(
-    title: str, parts: Mapping[str, tuple[str, Sequence[Point]]], *, unit: str = "", marks: Iterable[int] = (), over: Point | None = None, wide: bool = False
+    title: str, parts: Mapping[str, tuple[str, Sequence[Point]]], whole: Sequence[Point] = (), *, unit: str = "",
+    marks: Iterable[int] = (), over: Point | None = None, wide: bool = False,
 ) -> Chart | None:  # fmt: skip
-    """Parts of a whole on top of each other, name -> (style, points); a column is the mean of its steps. None when there is nothing."""
+    """Parts on top of each other, name -> (style, points); a column is the mean of its steps. None when there is nothing to draw.
+
+    Args:
+        whole: what the parts are parts of, drawn as a line: parts that are done at the same time add up to more.
+        over: first and last step of the axis.
+    """
     by_step: dict[float, dict[str, float]] = {}
     for name, (_, points) in parts.items():
         for x, y in points:
@@ -132,40 +140,33 @@ def stacked_chart(
     steps = sorted(by_step)
     if not steps:
         return None
-    groups = [
-        steps[i : i + max(1, -(-len(steps) // MOST_BARS))]
-        for i in range(0, len(steps), max(1, -(-len(steps) // MOST_BARS)))
-    ]
+    width = -(-len(steps) // MOST_BARS)
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
     gap = (steps[-1] - steps[0]) / max(1, len(steps) - 1) or 1.0
     edges = [g[0] - gap / 2 for g in groups] + [steps[-1] + gap / 2]
     means = [{n: sum(by_step[x].get(n, 0.0) for x in g) / len(g) for n in parts} for g in groups]
+    sums = [sum(m.values()) for m in means]
+    known = {x: y for x, y in whole if usable(y) and y > 0}
+    wholes = [statistics.fmean(found) if (found := [known[x] for x in g if x in known]) else 0.0 for g in groups]
     across = Scale(edges[0], edges[-1]) if over is None else Scale(min(edges[0], over[0]), max(edges[-1], over[1]))
-    up = Scale(0.0, max(sum(m.values()) for m in means) * 1.05 or 1.0)
-    below, curves, lines = [0.0] * len(groups), [], []
+    up = Scale(0.0, max(sums + wholes) * 1.05 or 1.0)
+    middles, below, curves, lines = [g[len(g) // 2] for g in groups], [0.0] * len(groups), [], []
     for name, (style, _) in parts.items():
         above = [b + m[name] for b, m in zip(below, means, strict=True)]
-        if any(a > b for a, b in zip(above, below, strict=True)):
-            curves.append(Curve(name, style, _area(edges, below, above, across, up)))
-            lines.append(
-                {
-                    "name": name,
-                    "style": style,
-                    "x": [g[len(g) // 2] for g in groups],
-                    "y": [_short(m[name]) for m in means],
-                }
-            )
+        if above != below:
+            curves.append(Curve(name, style, _area(edges, below, above, across, up), area=True))
+            lines.append({"name": name, "style": style, "x": middles, "y": [_short(m[name]) for m in means]})
         below = above
     if not curves:
         return None
-    lines.append({"name": "sum", "style": "", "x": lines[0]["x"], "y": [_short(b) for b in below]})
-    values = {
-        "x": [across.low, across.high],
-        "y": [0, up.high],
-        "log": False,
-        "unit": unit,
-        "lines": lines,
-        "stacked": True,
-    }
+    if known:
+        columns = [(left, right, y) for left, right, y in zip(edges, edges[1:], wholes, strict=False) if y]
+        path = _path([[p for left, right, y in columns for p in ((left, y), (right, y))]], across, up)
+        curves.append(Curve("whole step", "whole", path))
+        lines.append({"name": "whole step", "style": "whole", "x": middles, "y": [_short(y) for y in wholes]})
+    else:
+        lines.append({"name": "sum", "style": "", "x": middles, "y": [_short(y) for y in sums]})
+    values = {"x": [across.low, across.high], "y": [0, up.high], "log": False, "unit": unit, "lines": lines}
     return Chart(title, unit, curves, _x_ticks(across), _y_ticks(up), _marks(marks, across), [], values, wide)
 
 

@@ -297,7 +297,9 @@ def _charts(logged: History) -> Iterator[Chart | None]:
     known = [p for p in PARTS if f"seconds.{p}" in names]
     others = [p for n in names if (p := n.removeprefix("seconds.")) not in PARTS]
     parts = {p: (f"part-{p if p in PARTS else 'other'}", logged.series(f"seconds.{p}")) for p in [*known, *others]}
-    yield charts.stacked_chart("Step time", parts, unit="s", marks=marks, over=over, wide=True)
+    yield charts.stacked_chart(
+        "Step time", parts, logged.series("seconds"), unit="s", marks=marks, over=over, wide=True
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- rank map

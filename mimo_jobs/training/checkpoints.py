@@ -1,5 +1,7 @@
 """Checkpoints that training goes on from: weights (or adapters) and optimizer state in megatron-core's ``torch_dist`` format.
 
+`saved` finds and reads them.
+
 ```
 TARGET.steps/
   step-00000500/      any layout can go on from it, and an export can read it
@@ -12,11 +14,10 @@ TARGET.steps/
 
 import os
 import queue
-import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,89 +29,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mimo_jobs.checkpoint.manifest import write_json
 from mimo_jobs.checkpoint.model_io import adapter_state, load_adapters, load_model, sharded_state
-from mimo_jobs.errors import UserError
 from mimo_jobs.modeling.build import BuiltModel
 from mimo_jobs.training.optimizer import Updates
-from mimo_jobs.weights.json_files import read_object
+from mimo_jobs.training.saved import RECORD, Saved, checkpoint_directory, completed
 
-RECORD = "training.json"
-_NAME = re.compile(r"step-(\d{8})")
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Contents of ``training.json``: a checkpoint after ``step`` optimizer steps.
-
-    Attributes:
-        identity: what the run is (`conversion.identity`); only a run of the same goes on from it.
-        files: name -> bytes of every weight file.
-        skipped: bad samples left out so far.
-        losses: of the last steps, oldest first, for the spike bound.
-    """
-
-    step: int
-    identity: Mapping[str, Any]
-    files: Mapping[str, int] = field(default_factory=dict)
-    skipped: int = 0
-    losses: list[float] = field(default_factory=list)
-
-
-def checkpoint_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps is."""
-    return root / f"step-{step:08d}"
-
-
-def completed(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of what looks like a checkpoint, newest first; see `read`."""
-    if not root.is_dir():
-        return []
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return sorted(found, reverse=True)
-
-
-def read(directory: Path) -> Saved:
-    """The record of a checkpoint, after a look at its files.
-
-    Raises:
-        UserError: it is not whole.
-    """
-    try:
-        saved = Saved(**read_object(directory / RECORD))
-    except (TypeError, UserError) as error:
-        raise UserError(f"{directory}: not a whole checkpoint: {error}") from None
-    for name, size in saved.files.items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes, expected {size}"
-            raise UserError(f"{path}: {what}: not a whole checkpoint")
-    return saved
-
-
-def newest(root: Path, identity: Mapping[str, Any], warn: Callable[[str], None]) -> tuple[Path, Saved] | None:
-    """The newest whole checkpoint of a run; ``warn`` hears of newer ones that are not whole.
-
-    Raises:
-        UserError: it is of another run.
-    """
-    for partial in sorted(root.glob(".step-*.partial")) if root.is_dir() else []:
-        warn(f"{partial.name} was cut off while it was written; it is not used")
-    for _, directory in completed(root):
-        try:
-            saved = read(directory)
-        except UserError as error:
-            warn(f"{error}; the one before it is used")
-            continue
-        if saved.identity != identity:
-            from mimo_jobs.conversion.identity import difference
-
-            raise UserError(
-                f"{directory}: a checkpoint of another run: {difference(saved.identity, identity)}; give another target or "
-                f"saving.directory, or remove {root}"
-            )
-        return directory, saved
-    return None
 
 
 class Checkpoints:
@@ -125,18 +48,17 @@ class Checkpoints:
         self, built: BuiltModel, updates: Updates, root: Path, keep: int, background: bool, *, adapters: bool,
         finish: Callable[[Path, dict[str, int]], None] | None = None,
     ) -> None:  # fmt: skip
-        self._built, self._updates, self._root, self._keep = built, updates, root, keep
+        self._built, self._updates, self.root, self._keep = built, updates, root, keep
         self._background, self._adapters, self._finish = background, adapters, finish
         self._pending: _Writing | None = None
         # The writer hands its results over in a queue, which megatron-core takes from a process of its own (3 s to start, an
         # orphan after a kill); here the writer is a thread.
         filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportAttributeAccessIssue]
-        self._made_root = False
 
     def save(self, saved: Saved) -> None:
         """Begin a checkpoint; in the background unless the run has it otherwise. Waits for the one before."""
         self.wait()
-        staging = self._root / f".step-{saved.step:08d}.partial"
+        staging = self.root / f".step-{saved.step:08d}.partial"
         if dist.get_rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -166,7 +88,7 @@ class Checkpoints:
         pending.join()
         for finalize in pending.request.finalize_fns:
             finalize()
-        final = checkpoint_directory(self._root, pending.saved.step)
+        final = checkpoint_directory(self.root, pending.saved.step)
         if dist.get_rank() == 0:
             files = {p.name: p.stat().st_size for p in sorted(pending.staging.glob("*.distcp"))}
             files[".metadata"] = (pending.staging / ".metadata").stat().st_size
@@ -176,8 +98,8 @@ class Checkpoints:
             _flush(pending.staging)
             shutil.rmtree(final, ignore_errors=True)  # one that was not whole
             os.rename(pending.staging, final)
-            _flush(self._root, files=False)
-            for _, old in completed(self._root)[self._keep :]:
+            _flush(self.root, files=False)
+            for _, old in completed(self.root)[self._keep :]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
         return final
@@ -192,7 +114,8 @@ class Checkpoints:
         for optimizer in optimizers.values():
             _fill_empty_state(optimizer.optimizer)
         wanted = {"optimizer": self._optimizer_state(self._model_state(), is_loading=True)}
-        state: Any = dist_checkpointing.load(wanted, str(directory))["optimizer"]
+        loaded: Any = dist_checkpointing.load(wanted, str(directory))
+        state = loaded["optimizer"]
         moments = {name: state[name].pop("param_state") for name in optimizers}
         self._updates.optimizer.load_state_dict(state)
         for name, optimizer in optimizers.items():

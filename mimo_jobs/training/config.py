@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 Dir = Annotated[str, "directory"]
+DataRef = Annotated[str, "file, directory or hub id"]
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Schema = Literal["auto", "messages", "llava", "sharegpt", "cord-v2", "caption"]
@@ -101,7 +102,7 @@ class Validation:
         samples: how many of the first samples; 0 takes all
     """
 
-    data: str | None = None
+    data: DataRef | None = None
     split: str = "validation"
     every: int = 100
     samples: int = 256

@@ -6,6 +6,7 @@ samples are bad. So all ranks leave out the same samples, and no size has to be 
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from mimo_jobs.training.rows import Rows
 _UNKNOWN = -(1 << 40)
 _TOKENS, _IMAGE_TOKENS, _LESS_IMAGE_TOKENS, _LOSS_TOKENS, _PATCH_PAIRS, _BAD = range(6)
 STEPS_AHEAD = 2
+CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Feeder:
         self, built: BuiltModel, source: Source, encoder: Encoder, rows: Rows, shares: Shares, settings: Dataset, first: int, stop: int
     ) -> None:  # fmt: skip
         self._built, self._source, self._rows, self._shares, self._settings = built, source, rows, shares, settings
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
         self._first, self._stop = first, stop
         self._loader = Loader(source, encoder, self._wants, first, stop, settings.workers, settings.prefetch)
         self._ready: queue.Queue[Step | BaseException | None] = queue.Queue(STEPS_AHEAD)
@@ -74,7 +76,8 @@ class Feeder:
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + CLOSE_SECONDS  # it may wait for a rank that left; it ends with the process then
+        while self._thread.is_alive() and time.monotonic() < deadline:
             with_step = self._taken()
             self._thread.join(0.05 if with_step else 0.2)
 
@@ -143,8 +146,9 @@ class Feeder:
         bad = set(problems)
         positions = iter(range(len(ids)))
         good = [[p for _ in row if (p := next(positions)) not in bad] for row in rows]
+        counts = found.clip(min=0)
         table = StepTable(
-            good, ids, *(np.where(found[:, c] > 0, found[:, c], 0) for c in (_TOKENS, _IMAGE_TOKENS, _LOSS_TOKENS, _PATCH_PAIRS)), sorted(bad)
+            good, ids, counts[:, _TOKENS], counts[:, _IMAGE_TOKENS], counts[:, _LOSS_TOKENS], counts[:, _PATCH_PAIRS], sorted(bad)
         )  # fmt: skip
         told = [problems[p] for p in sorted(problems)]
         if told and self._settings.on_bad == "stop":

@@ -17,11 +17,12 @@ from mimo_jobs.errors import JobFailed
 from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import BuiltModel
 from mimo_jobs.parallel.world import World
-from mimo_jobs.training.checkpoints import Checkpoints, Saved
+from mimo_jobs.training.checkpoints import Checkpoints
 from mimo_jobs.training.config import Stop
 from mimo_jobs.training.feeder import Feeder, Step
 from mimo_jobs.training.metrics import Metrics
 from mimo_jobs.training.optimizer import Updates
+from mimo_jobs.training.saved import Saved, completed
 from mimo_jobs.training.step import run_step
 from mimo_jobs.training.stopwatch import Stopwatch
 
@@ -91,7 +92,7 @@ def train(run: Run, feeder: Feeder) -> None:
         JobFailed: the loss is not finite, or above a bound of ``run.stop``.
         KeyboardInterrupt: asked to stop, with a checkpoint written: the run goes on from there when started again.
     """
-    control = dist.new_group(backend="gloo")
+    control: Any = dist.new_group(backend="gloo")
     watch = run.watch
     with stop_asked() as asked:
         steps, before = iter(feeder), time.perf_counter()
@@ -155,9 +156,10 @@ def _stopped(run: Run, step: Step, number: int, why: str) -> JobFailed:
     if run.metrics is not None:
         run.metrics.event(number, f"{why}; samples: {', '.join(ids)}", "warning")
     more = f" and {len(ids) - NAMED} more (metrics.jsonl names all)" if len(ids) > NAMED else ""
+    last = next(iter(completed(run.checkpoints.root)), None)
+    kept = f"the last checkpoint is {last[1]}" if last else "there is no checkpoint yet"
     return JobFailed(
-        f"step {number}: {why}; nothing of this step was saved. Its samples: {', '.join(ids[:NAMED])}{more}. "
-        f"The last checkpoint is of step {run.done - run.done % run.save_every if run.save_every else 0} or later"
+        f"step {number}: {why}; nothing of this step was saved, {kept}. Its samples: {', '.join(ids[:NAMED])}{more}"
     )
 
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mimo_jobs.errors import UsageError
 from mimo_jobs.layout import IMAGES
 from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.training.checks import check_optimizer
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.step import trained_components
 
@@ -42,32 +43,6 @@ class Updates:
         return changed, float("nan") if norm is None else norm
 
 
-def check_settings(settings: Optimizer, steps: int) -> None:
-    """Raises `UsageError` for numbers that make no schedule of ``steps`` steps."""
-    for name, value, least in (
-        ("lr", settings.lr, 0.0), ("min_lr", settings.min_lr, 0.0), ("warmup_steps", settings.warmup_steps, 0),
-        ("decay_steps", settings.decay_steps, 0), ("weight_decay", settings.weight_decay, 0.0),
-        ("clip_grad", settings.clip_grad, 0.0), ("images_lr", settings.images_lr or 0.0, 0.0),
-    ):  # fmt: skip
-        if not value >= least:
-            raise UsageError(f"optimizer.{name}={value}: expected at least {least:g}")
-    for name, value in (("beta1", settings.beta1), ("beta2", settings.beta2)):
-        if not 0 <= value < 1:
-            raise UsageError(f"optimizer.{name}={value}: expected at least 0 and less than 1")
-    for name, value in (("lr", settings.lr), ("images_lr", settings.images_lr)):
-        if value is not None and value < settings.min_lr:
-            raise UsageError(f"optimizer.{name}={value:g} is below optimizer.min_lr={settings.min_lr:g}; lower min_lr")
-    if settings.warmup_steps >= steps:
-        raise UsageError(
-            f"optimizer.warmup_steps={settings.warmup_steps}: the run has {steps} steps; set it below that"
-        )
-    if settings.schedule == "wsd" and not 0 < settings.decay_steps <= steps - settings.warmup_steps:
-        raise UsageError(
-            f"optimizer.decay_steps={settings.decay_steps}: schedule=wsd needs between 1 and "
-            f"{steps - settings.warmup_steps}, the steps after the warm-up"
-        )
-
-
 def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Updates:
     """Optimizer state in fp32, sharded over data parallel ranks. Collective over the world.
 
@@ -76,9 +51,9 @@ def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Update
         steps: of the whole run, where the learning rate reaches its end.
 
     Raises:
-        UsageError: see `check_settings`.
+        UsageError: see `checks.check_optimizer`.
     """
-    check_settings(settings, steps)
+    check_optimizer(settings, steps)
     trained, infos, schedulers = trained_components(built), {}, {}
     for name, grid in built.grids.items():
         module, groups = trained.get(name), built.groups.get(name)
@@ -87,14 +62,28 @@ def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Update
             highest = settings.images_lr if name == IMAGES and settings.images_lr is not None else settings.lr
             config = _config(built, settings, highest)
             optimizer = get_megatron_optimizer(config, [module], pg_collection=groups, use_gloo_process_groups=False)
+            _number_parameters(optimizer)
             schedulers[name] = _scheduler(optimizer, settings, highest, steps)
         infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, is_active=name in built.groups)
     if not trained:  # get_megatron_optimizer gathers the kinds of dense, then of expert parameters over the whole world
         for _ in range(2):
-            dist.all_gather_object([None] * dist.get_world_size(), [])
+            nothing: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(nothing, [])
     updates = Updates(MimoOptimizer(infos, _config(built, settings, settings.lr)), schedulers)
     updates.set_step(0)
     return updates
+
+
+def _number_parameters(optimizer: MegatronOptimizer) -> None:
+    """Have megatron-core find each parameter's state where it is.
+
+    Its distributed optimizer (0.19.2) numbers the parameters of a group in the model's order, but orders their states by dtype, fp32
+    first: with both in a group (A_log beside bf16) it would save and load the one for the other.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group, parts in enumerate(zip(one.model_fp32_groups, one.model_float16_groups, strict=True)):
+            for place, parameter in enumerate(p for part in parts for p in part):
+                one.model_param_group_index_map[parameter] = (group, place)
 
 
 def _config(built: BuiltModel, settings: Optimizer, highest: float) -> OptimizerConfig:

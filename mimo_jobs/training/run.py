@@ -1,5 +1,6 @@
 """A fine-tuning run from its arguments to its checkpoint: the part before and after the loop."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -14,26 +15,28 @@ from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.checkpoint.manifest import HF_DIR, MANIFEST_NAME, read_config, read_manifest, write_manifest
 from mimo_jobs.checkpoint.model_io import load_model, save_model
 from mimo_jobs.checkpoint.peft_dir import base_digest, read_peft
-from mimo_jobs.conversion import publish
+from mimo_jobs.conversion import identity, publish
 from mimo_jobs.conversion.adapters import fill_adapters, write_peft
 from mimo_jobs.conversion.carried import Carried, carry, exported_digests
 from mimo_jobs.conversion.fill import fill_model
 from mimo_jobs.conversion.importer import ImportArgs, plan_import
 from mimo_jobs.errors import UserError
-from mimo_jobs.layout import IMAGES, LANGUAGE, ResolvedLayout, check_batch
+from mimo_jobs.layout import IMAGES, LANGUAGE, ResolvedLayout
 from mimo_jobs.modeling.build import BuiltModel, build
 from mimo_jobs.modeling.lora import add_adapters
 from mimo_jobs.parallel.world import World
 from mimo_jobs.training import flops, metrics
 from mimo_jobs.training.batches import Shares
-from mimo_jobs.training.checkpoints import Checkpoints, newest
+from mimo_jobs.training.checkpoints import Checkpoints
+from mimo_jobs.training.checks import check_optimizer, check_settings
 from mimo_jobs.training.config import Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
 from mimo_jobs.training.data import Encoder, Lengths, Order, Source, measure, open_source, pack, share
 from mimo_jobs.training.feeder import Feeder, Step
 from mimo_jobs.training.loop import Run, train
-from mimo_jobs.training.optimizer import check_settings, make_optimizer
+from mimo_jobs.training.optimizer import make_optimizer
 from mimo_jobs.training.process import distributed
 from mimo_jobs.training.rows import Rows, steps_and_stop
+from mimo_jobs.training.saved import make_way, newest, steps_directory
 from mimo_jobs.training.step import component_module, run_step, watch_images, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
 
@@ -74,7 +77,7 @@ class TrainArgs:
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints to go on from are."""
-        return Path(self.saving.directory) if self.saving.directory else self.target.with_name(f"{self.target.name}.steps")
+        return steps_directory(self.target, self.saving.directory)
 
     @property
     def shares(self) -> Shares:
@@ -89,21 +92,30 @@ def run_training(args: TrainArgs, world: World) -> dict[str, Any]:
     Raises:
         UserError: bad input, or (JobFailed) the loss went wrong or another rank failed first; KeyboardInterrupt when asked to stop.
     """
-    check_batch(args.layout, args.global_batch_size, args.micro_batch_size)
+    check_settings(vars(args), args.layout)
     metrics.check(args.logging)
     if world.rank == 0:
         publish.check_target(args.target, args.overwrite, args.source)
         args.checkpoints.parent.mkdir(parents=True, exist_ok=True)
+        if args.overwrite and (told := make_way(args.checkpoints, args.identity, _made_of(args))):
+            _say(world, f"warning: {told}")
     world.barrier("checked")
     with distributed(world) as device:
         return _run(args, world, device)
+
+
+def _made_of(args: TrainArgs) -> Mapping[str, Any] | None:
+    """The identity of what ``overwrite`` would replace."""
+    with contextlib.suppress(UserError):
+        return identity.recorded("lora" if args.lora else "sft", args.target)
+    return None
 
 
 def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     source, validation = _open(args, world)
     encoder = Encoder(str(_processor(args.source)), args.dataset)
     rows, steps = _rows(args, source, encoder, world)
-    check_settings(args.optimizer, steps)
+    check_optimizer(args.optimizer, steps)
     built = _build(args)
     with world.timed("load"):
         _load(args, built)

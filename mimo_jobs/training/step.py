@@ -46,7 +46,8 @@ def wrap_for_training(built: BuiltModel, *, sharded: bool = True) -> None:
 
 def component_module(built: BuiltModel, component: str) -> torch.nn.Module:
     """A component of this rank, wrapped or not."""
-    return built.model.language_model if component == LANGUAGE else built.model.modality_submodules[component]
+    module: Any = built.model.language_model if component == LANGUAGE else built.model.modality_submodules[component]
+    return module
 
 
 def trained_components(built: BuiltModel) -> dict[str, DistributedDataParallel]:

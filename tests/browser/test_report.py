@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mimo_jobs import records
 from mimo_jobs.report import page
 from mimo_jobs.training import history
 from tests import runs
@@ -64,6 +65,12 @@ def test_a_page_is_drawn_whole(browser, tmp_path, width, dark):
     assert browser.value(drawn) >= 5 + 3 + 5  # every line, every part of the step time
     assert browser.value("document.documentElement.scrollWidth") <= width
     assert browser.value(OVERLAPS) == []
+    assert (
+        browser.value(
+            "[...document.querySelectorAll('.tile, .cell, figcaption')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        )
+        == 0
+    )
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (not dark)
     assert place.stat().st_size < 2_000_000
@@ -109,8 +116,6 @@ def test_nothing_in_a_record_runs(browser, tmp_path):
     runs.happened(train, (1, "started", {"host": EVIL, "nodes": EVIL, EVIL: EVIL}), (2, "failed", {"reason": EVIL}))
     runs.happened(verify, (3, "done", {}))
 
-    from mimo_jobs import records
-
     records.write_json(
         verify.directory / "result.json", {"status": "ok", "summary": {**runs.CERTIFICATE, "left": EVIL, "right": EVIL}}
     )
@@ -123,8 +128,7 @@ def test_nothing_in_a_record_runs(browser, tmp_path):
     lines += [history.line(3.0, {"step": 100, f"seconds.{EVIL}": 1.0, "loss": 1.0, "skipped": 3})]
     (train.directory / history.FILE).write_text("".join(lines))
     _shown(browser, run, tmp_path)
-    for details in ("document.querySelectorAll('details').forEach(d => d.open = true)",):
-        browser.value(details)
+    browser.value("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.value("document.querySelectorAll('script:not([type])').length") == 1
     assert browser.value("document.querySelectorAll('img').length") == 0
     assert browser.value("document.body.innerText").count("{{7*7}}") > 15

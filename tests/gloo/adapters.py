@@ -19,7 +19,7 @@ from torch import Tensor
 from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import ENCODER, BuiltModel
 from mimo_jobs.modeling.forward import mrope_position_ids
-from mimo_jobs.modeling.lora import adapted_layers
+from mimo_jobs.modeling.lora import MAGNITUDE, adapted_layers
 from tests.gloo.batches import Batch, hf_logits
 from tests.gloo.reference_weights import reference_parameters
 
@@ -74,8 +74,11 @@ def reference_adapters(
     """
     wide = {n: torch.zeros_like(t, dtype=next(iter(values.values())).dtype) for n, t in weights.items()}
     for name, value in values.items():
-        if name.endswith(".lora_B"):
-            wide[f"{name.removesuffix('.lora_B')}.weight"][:, :rank] = value
+        module, _, part = name.rpartition(".")
+        if part == "lora_B":
+            wide[f"{module}.weight"][:, :rank] = value
+        elif part == MAGNITUDE:
+            wide[f"{module}.weight"][:, rank] = value
     placed = {_checkpoint_key(built, n): t for n, t in reference_parameters(built, wide).items()}
     found = {}
     for key, layer in adapted_layers(built).items():
@@ -85,9 +88,13 @@ def reference_adapters(
             found[f"{key}.lora_A"] = stacked.chunk(tp.size(), 1)[tp.rank()]
             (module,) = layer.adapted.modules
             found[f"{key}.lora_B"] = values[f"{module}.lora_B"]
+            found[f"{key}.{MAGNITUDE}"] = values.get(f"{module}.{MAGNITUDE}")
         else:
             found[f"{key}.lora_A"] = stacked
             found[f"{key}.lora_B"] = placed[f"{key}.weight"][:, :rank]
+            found[f"{key}.{MAGNITUDE}"] = placed[f"{key}.weight"][:, rank]
+        if layer.lora_magnitude_vector is None:
+            del found[f"{key}.{MAGNITUDE}"]
     return found
 
 
@@ -95,7 +102,8 @@ def live_adapters(built: BuiltModel) -> dict[str, torch.nn.Parameter]:
     return {
         f"{key}.{name}": getattr(layer, name)
         for key, layer in adapted_layers(built).items()
-        for name in ("lora_A", "lora_B")
+        for name in ("lora_A", "lora_B", MAGNITUDE)
+        if getattr(layer, name) is not None
     }
 
 

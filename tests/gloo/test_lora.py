@@ -55,13 +55,21 @@ SCENARIOS: dict[str, tuple[ParallelLayout, bool, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_gradients_equal_peft(name: str) -> None:
+DORA = (
+    "one rank",
+    "tp2 with sequence parallel",
+    "tp4, two ranks a kv group",
+    "tp2, more ranks than kv groups, some projections",
+)
+
+
+@pytest.mark.parametrize(("name", "dora"), [*((n, False) for n in SCENARIOS), *((n, True) for n in DORA)])
+def test_gradients_equal_peft(name: str, dora: bool) -> None:
     layout, sequence_parallel, sizes, targets = SCENARIOS[name]
     config, model = tiny(**sizes)
     modules = targeted(family_of(config).weight_map(config), targets)
-    settings = Lora(rank=4, alpha=6.0, targets=targets, rslora=name == "tp2")
-    adapted = peft_model(model, modules, r=4, lora_alpha=6, use_rslora=settings.rslora)
+    settings = Lora(rank=4, alpha=6.0, targets=targets, rslora=name == "tp2", dora=dora)
+    adapted = peft_model(model, modules, r=4, lora_alpha=6, use_rslora=settings.rslora, use_dora=dora)
     batch = image_batch(config, VARIED, seq=44)
     loss, wanted = exact_gradients(adapted, batch)
     results = run_ranks(
@@ -75,7 +83,7 @@ def test_gradients_equal_peft(name: str) -> None:
         errors, norms = zip(*(squares[parameter] for squares, _ in results if parameter in squares), strict=True)
         relative[parameter] = (sum(errors) / sum(norms)) ** 0.5
     assert {n: e for n, e in relative.items() if not e < TOLERANCE} == {}
-    assert len(relative) == len({_layer(m, config) for m in modules}) * 2
+    assert len(relative) == len({_layer(m, config) for m in modules}) * (3 if dora else 2)
 
 
 def _layer(module: str, config: dict[str, Any]) -> str:

@@ -42,12 +42,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_an_adapter_goes_from_peft_to_the_model_and_back(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "dora"), zip(LAYOUTS, (True, False), strict=True))
+def test_an_adapter_goes_from_peft_to_the_model_and_back(tmp_path: Path, name: str, dora: bool) -> None:
     layout, sequence_parallel = LAYOUTS[name]
     config, model = tiny()
     modules = targeted(family_of(config).weight_map(config), "language,images")
-    theirs = peft_model(model, modules, r=4, lora_alpha=6, use_rslora=True)
+    theirs = peft_model(model, modules, r=4, lora_alpha=6, use_rslora=True, use_dora=dora)
     theirs.save_pretrained(tmp_path / "theirs")
     batch = image_batch(config, SAME_SIZE)
     with torch.no_grad():
@@ -94,13 +94,16 @@ def _fill_and_write(
     return forward_logits(built, batch.input_ids, positions, batch.pixel_values, batch.grid_thw)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
-def test_a_merged_export_is_what_peft_merges(tmp_path: Path, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "dora", "bound"),
+    [(torch.float32, False, 1e-6), (torch.float32, True, 1e-6), (torch.bfloat16, False, 2**-8)],
+)
+def test_a_merged_export_is_what_peft_merges(tmp_path: Path, dtype: torch.dtype, dora: bool, bound: float) -> None:
     """fp32: to 1e-6; bf16: relative to each value, one rounding of it."""
     config, model = tiny(tied=True)
     base = copy.deepcopy(model).to(dtype)
     modules = targeted(family_of(config).weight_map(config), "language,images")
-    theirs = peft_model(model, modules, r=4, lora_alpha=6)
+    theirs = peft_model(model, modules, r=4, lora_alpha=6, use_dora=dora)
     theirs.save_pretrained(tmp_path / "adapter")
     source = as_hf(tmp_path / "hf", config, {n: t.detach() for n, t in base.state_dict().items()})
     for layout, job, arguments in (

@@ -10,9 +10,10 @@ from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.layout import ParallelLayout
 from mimo_jobs.modeling.build import build
 from mimo_jobs.training.batches import Shares
-from mimo_jobs.training.checkpoints import Checkpoints, Saved, newest
+from mimo_jobs.training.checkpoints import Checkpoints
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.optimizer import make_optimizer
+from mimo_jobs.training.saved import Saved, newest
 from mimo_jobs.training.step import run_step, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
 from tests.gloo.batches import tiny

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mimo_jobs.training.batches import IGNORED, Shares, StepTable, images_inputs, language_inputs
-from mimo_jobs.training.batches import Microbatch
+from mimo_jobs.training.batches import IGNORED, Microbatch, Shares, StepTable, images_inputs, language_inputs
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ([IMPORT, "--help"], "layout.language and layout.images"),
         (["recipes", "qwen35vl_export", "--help"], "restore them, or drop them"),
         (["recipes.quickstart", "-h"], "workdir"),
+        (["recipes.qwen35vl_sft", "-h"], "\noptimizer:\n  .lr "),
+        (["recipes.qwen35vl_lora", "-h"], "comma-separated: endings"),
+        (["recipes.qwen35vl_pipeline", "-h"], "\nlora:\n  .rank "),
     ],
 )
 def test_help_lists_what_there_is(arguments, said, capsys):

@@ -72,7 +72,7 @@ def test_a_stack_of_any_numbers_stays_inside(values):
         "images": ("part-images", [(i, a) for i, (a, _) in enumerate(values)]),
         "data": ("part-data", [(i, b) for i, (_, b) in enumerate(values)]),
     }
-    made = charts.stacked_chart("t", parts)
+    made = charts.stacked_chart("t", parts, list(enumerate(a for a, _ in values)))
     if made is None:
         return
     for curve in made.curves:
@@ -132,7 +132,14 @@ def test_everything_of_a_chain_is_there(tmp_path):
         "Step time",
     ]
     assert all([m.text for m in c.marks] == ["resumed at step 1,500", "resumed at step 2,000"] for c in training.charts)
-    assert [c.name for c in training.charts[-1].curves] == ["images", "language", "waiting", "data", "optimizer"]
+    assert [c.name for c in training.charts[-1].curves] == [
+        "images",
+        "language",
+        "waiting",
+        "data",
+        "optimizer",
+        "whole step",
+    ]
     assert training.bad_count == 4 and len({(e.step, e.text) for e in training.bad}) == len(training.bad)
     (ranks,) = found.maps
     assert ranks.steps == "import, train, export" and [len(cells) for _, cells in ranks.nodes] == [8, 8, 8]

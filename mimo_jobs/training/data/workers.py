@@ -3,6 +3,7 @@
 Workers come from a fork server: a rank has threads, NCCL and CUDA, which a fork of it would copy in whatever state they are.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from mimo_jobs.errors import UserError
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_started: set[Any] = set()  # worker processes of iterators that are open
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,18 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int,
         persistent_workers=bool(workers),
         generator=torch.Generator(),  # the default one is the run's: drawing from it would change dropout
     )
+    others = set(multiprocessing.active_children())
     results = iter(loader)
+    mine = set(multiprocessing.active_children()) - others
+    _started.update(mine)
+    try:
+        yield from _checked(results)
+    finally:
+        del results, loader  # the DataLoader ends its workers when nobody has it any more
+        _started.difference_update(mine)
+
+
+def _checked(results: Iterator[Any]) -> Iterator[Any]:
     while True:
         try:
             result = next(results)
@@ -79,6 +92,13 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int,
         if isinstance(result, Defect):
             raise RuntimeError(f"reading data failed\n{result.text}")
         yield result
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Those of iterators that were left open: multiprocessing would send SIGTERM, which they ignore, and wait for ever."""
+    for process in _started:
+        process.kill()
 
 
 def _same(value: Any) -> Any:

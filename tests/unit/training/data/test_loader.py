@@ -145,29 +145,37 @@ def test_a_killed_worker_is_one_clear_error():
         list(in_order(_die, range(10), 1, 2))
 
 
-def test_workers_and_fork_server_end_with_a_killed_rank(tmp_path):
+@pytest.mark.parametrize("end", ["killed", "by itself"])
+def test_workers_and_fork_server_end_with_the_rank(end, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         textwrap.dedent("""
-        import signal, sys, time
+        import os, sys
         from mimo_jobs.training.data.workers import in_order
-        from tests.unit.training.data.test_loader import _about
+
+        def work(task):
+            return os.getpid()
+
         if __name__ == "__main__":
-            results = in_order(_about, range(10**6), 2, 4)
-            print(*{next(results)["pid"] for _ in range(4)}, flush=True)
-            time.sleep(60)
+            results = in_order(work, range(10**6), 2, 4)
+            print(*{next(results) for _ in range(4)}, flush=True)
+            sys.stdin.readline()
+            raise SystemExit(3)  # with the iterator open
         """)
     )
-    root = Path(__file__).parents[4]
+    root = str(Path(__file__).parents[4])
     rank = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root
-    )
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root}, text=True,
+    )  # fmt: skip
     assert rank.stdout is not None
     pids = [int(pid) for pid in rank.stdout.readline().split()]
     assert len(pids) == 2
     pids += [process.pid for process in psutil.Process(rank.pid).children(recursive=True)]
-    rank.kill()
-    rank.wait()
+    if end == "killed":
+        rank.kill()
+    rank.communicate("\n", timeout=30)
+    assert rank.returncode == (-signal.SIGKILL if end == "killed" else 3)
     assert _gone(set(pids))
 
 

@@ -1,0 +1,29 @@
+"""A small image-text data set on disk."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30), "white": (240, 240, 240)}
+SIZES = ((32, 32), (48, 32), (32, 64), (64, 64))
+
+
+def write_data(directory: Path, count: int, *, text_every: int = 5) -> Path:
+    """``count`` questions about pictures of one colour, in sizes that differ; every ``text_every``-th has no picture."""
+    directory.mkdir(parents=True, exist_ok=True)
+    choose = random.Random(0)
+    rows = []
+    for i in range(count):
+        name = list(COLOURS)[i % len(COLOURS)]
+        Image.new("RGB", choose.choice(SIZES), COLOURS[name]).save(directory / f"{i}.png")
+        question: Any = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": f"Which colour? {i}"}]
+        answer = f"It is {name} {i * 7 % 13}."
+        if text_every and i % text_every == text_every - 1:
+            question, answer = f"Say {i}", f"{i} it is"
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    file = directory / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
