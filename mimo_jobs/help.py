@@ -172,7 +172,8 @@ def _of_steps(name: str) -> str:
     if not steps:
         return ""
     listed = ", ".join(f"{s}.FIELD" for s in steps)
-    return f"\nThe fields above set every step that has them; {listed} set one step's.\n"
+    text = f"The fields above set every step that has them; {listed} set one step's, where it is in the chain."
+    return f"\n{textwrap.fill(text, 100)}\n"
 
 
 def _groups(fields: Mapping[str, overrides.Field], defaults: Mapping[str, Any]) -> str:

@@ -198,7 +198,11 @@ def _train(job: str, given: dict[str, Any], adapters: "Lora | None", world: "Wor
     made_of = identity.expected(job, given, {})
     assert made_of is not None
     settings = dict(
-        given, source=Path(given["source"]), target=Path(given["target"]), layout=given["layout"].resolve(), lora=adapters
+        given,
+        source=Path(given["source"]),
+        target=Path(given["target"]),
+        layout=given["layout"].resolve(),
+        lora=adapters,
     )
     settings.setdefault("freeze", "none")
     with _joined(world) as joined:

@@ -4,6 +4,7 @@ NeMo-Run finds this module by its entry point group ``nemo_run.cli``. It parses 
 then calls the function, the same code as behind ``nemo-run`` checks the recipe and launches its ranks.
 """
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
@@ -67,7 +68,12 @@ def _defaults(name: str, function: Callable[..., None]) -> Callable[[], Any]:
             for k, v in config.__arguments__.items()
             if k not in required
         }
-        return run.Partial(function, **made)
+        groups = {
+            p.name: run.Config(p.annotation, **dict(vars(p.default)))  # NeMo-Run sets fields of configurations only
+            for p in inspect.signature(jobs.JOBS[RECIPES[name].job or ""]).parameters.values()
+            if dataclasses.is_dataclass(p.default) and p.name not in made
+        }
+        return run.Partial(function, **groups, **made)
 
     factory.__name__ = f"{name}_defaults"
     return factory

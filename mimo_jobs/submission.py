@@ -30,6 +30,7 @@ GPU_MEMORY = {"A100-40GB": 40, "A100": 80, "A100-80GB": 80, "H100": 80, "H100-NV
 HOST_BYTES_OF_A_RANK = (
     300 << 20
 )  # interpreter, plan and buffers: RssAnon measured 25-57 MB (benchmarks/results/conversion.json), the rest is room
+SAVED_BYTES_A_SECOND = 1e9  # of a node to a parallel filesystem; slower ones are told by their first checkpoint
 
 
 @dataclass
@@ -79,6 +80,7 @@ def prepare(plan: Plan, profile: Profile, *, need_slurm: bool) -> Submission:
         for note in _placement_notes(planned, placed, asked, profile):
             plan.notes.append(f"{step.name}: {note}" if len(plan.steps) > 1 else note)
     _check_memory(plan, profile)
+    _check_signals(plan, profile, requests)
     if not os.access(slurm.interpreter(profile), os.X_OK):
         plan.warnings.append(
             f"{slurm.interpreter(profile)} is not there, on this host at least: executor.venv={profile.venv}"
@@ -198,7 +200,24 @@ def _check_training_memory(
             f"out, lower micro_batch_size or dataset.max_length, set recompute=full, or use {more}"
         )
     else:
-        plan.notes.append(f"{planned.step.name}: a rank needs at most about {size(total)} ({each}) on one {named}: fits")
+        plan.notes.append(
+            f"{planned.step.name}: a rank needs at most about {size(total)} ({each}) on one {named}: fits"
+        )
+
+
+def _check_signals(plan: Plan, profile: Profile, requests: Mapping[str, Request]) -> None:
+    """A note when a training may not have saved by the time that its job ends."""
+    name, _, lead = profile.signal.partition("@")
+    for planned in plan.to_run:
+        if planned.step.job not in TRAINING or planned.preflight is None:
+            continue
+        seconds = planned.preflight.step_bytes / (SAVED_BYTES_A_SECOND * requests[planned.step.name].nodes)
+        if seconds > int(lead or 0) / 2:  # the step that runs is finished before
+            plan.notes.append(
+                f"{planned.step.name}: a checkpoint is {size(planned.preflight.step_bytes)}, at 1 GB/s a node {seconds:.0f} s to write, and "
+                f"executor.signal={profile.signal} leaves {lead} s for the last one before the time limit; set executor.signal={name}@"
+                f"{60 * -(-int(2 * seconds + 60) // 60)}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- queueing

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def quickstart(workdir: jobs.Dir | None = None, seed: int = 0) -> "dict[str, fdl.Partial[dict]]":
-    """Make a tiny model, import and export it, compare bits and logits, then train adapters and merge them.
+    """Make a tiny model, import and export it, compare bits and logits, then train and merge adapters.
 
     Example: workdir=quickstart
 

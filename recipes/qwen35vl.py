@@ -56,7 +56,7 @@ def qwen35vl_pipeline(
     data: jobs.DataRef | None = None,
     train: Literal["none", "sft", "lora"] = "none",
 ) -> "dict[str, fdl.Partial[dict]]":
-    """Import, fine-tune if wanted, export and verify as one chain; what is done already is skipped.
+    """Import, fine-tune if wanted, export and verify as one chain; what is done is skipped.
 
     Example: model=Qwen/Qwen3.5-0.8B workdir=runs/qwen35 layout.language.tp=2 layout.images.tp=1
 

@@ -55,19 +55,26 @@ def start_worker(
         if file_limit and rank in file_limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit[rank], file_limit[rank]))
 
-    size = as_layout(layout).resolve().world_size
-    record.mkdir(parents=True, exist_ok=True)
-    spec = {"schema": 1, "job": job, "run_id": record.name, "world_size": size, "record": str(record),
-            "arguments": {**{k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}, "layout": layout}}  # fmt: skip
-    (record / "JOB.json").write_text(json.dumps(spec))
+    size, file = as_layout(layout).resolve().world_size, job_file(record, job, layout, arguments)
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "mimo_jobs.worker", str(record / "JOB.json")],
+            [sys.executable, "-m", "mimo_jobs.worker", str(file)],
             env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size)}, preexec_fn=partial(limited, r),
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )
         for r in range(size)
     ]  # fmt: skip
+
+
+def job_file(record: Path, job: str, layout: dict, arguments: dict[str, Any]) -> Path:
+    """Write JOB.json as the submit side does."""
+    record.mkdir(parents=True, exist_ok=True)
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
+    size = as_layout(layout).resolve().world_size
+    spec = {"schema": 1, "job": job, "run_id": record.name, "world_size": size, "record": str(record),
+            "arguments": {**plain, "layout": layout}}  # fmt: skip
+    (record / "JOB.json").write_text(json.dumps(spec))
+    return record / "JOB.json"
 
 
 def result(record: Path) -> dict[str, Any]:

@@ -210,6 +210,11 @@ class World:
                 self._send(peer, {"kind": "failed", "rank": rank, "message": message})
 
     @property
+    def main_host(self) -> str:
+        """An address at which this rank has reached rank 0, which need not be on the first node."""
+        return self._peers[0].getpeername()[0] if self.rank else "127.0.0.1"
+
+    @property
     def lost(self) -> bool:
         """Whether the first failure is a rank that went silent or never came: it may not happen again."""
         return self.failure is not None and (

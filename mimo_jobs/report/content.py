@@ -100,7 +100,7 @@ class Content:
     steps: list[dict[str, str]]
     trainings: list[Training]
     maps: list[Map]
-    parity: list[tuple[str, bool, list[Fact]]]
+    parity: list[tuple[str, str, list[Fact]]]
     events: list[Happened]
     events_left_out: int
     configuration: list[tuple[str, list[Fact]]]
@@ -363,8 +363,8 @@ def _at(component: Any, rank: int) -> str:
 # ------------------------------------------------------------------------------------------------- parity, events, fields
 
 
-def _parity(seen: SeenRun) -> Iterator[tuple[str, bool, list[Fact]]]:
-    """(step, whether all is equal, facts) of every verify and export."""
+def _parity(seen: SeenRun) -> Iterator[tuple[str, str, list[Fact]]]:
+    """(step, verdict, facts) of every verify and export."""
     for one in seen.steps:
         found = one.step.summary()
         try:
@@ -375,7 +375,7 @@ def _parity(seen: SeenRun) -> Iterator[tuple[str, bool, list[Fact]]]:
                     Fact("one side only", str(len(found["only_left"]) + len(found["only_right"]))),
                     *(Fact(text, "the same" if found[key] else "DIFFERENT") for key, text in (("same_files", "files"), ("same_metadata", "metadata"), ("same_config", "config.json"))),
                 ]  # fmt: skip
-                yield one.step.name, bool(found["equal"]), facts
+                yield one.step.name, "bit-exact" if found["equal"] else "not proven", facts
             elif one.step.job == "export_hf" and isinstance(found.get("parity"), Mapping):
                 parity = found["parity"]
                 said = (
@@ -383,18 +383,17 @@ def _parity(seen: SeenRun) -> Iterator[tuple[str, bool, list[Fact]]]:
                     if parity["verified"]
                     else "not verified (verify=false)"
                 )
+                merged = int(parity.get("merged") or 0)
                 facts = [
                     Fact("result", said),
                     Fact("cast", str(parity["cast"])),
+                    *([Fact("merged", f"{merged:,} with the adapter; before it, equal to the source")] if merged else []),
                     Fact("certificate", str(found["certificate"])),
                 ]
-                yield (
-                    one.step.name,
-                    bool(parity["verified"]) and parity["equal"] + parity["cast"] == found["tensors"],
-                    facts,
-                )
+                known = parity["equal"] + parity["cast"] + merged == found["tensors"]
+                yield one.step.name, "not proven" if not (parity["verified"] and known) else "merged" if merged else "bit-exact", facts
         except (KeyError, TypeError, ValueError, AttributeError):
-            yield one.step.name, False, [Fact("result", "its certificate is damaged")]
+            yield one.step.name, "not proven", [Fact("result", "its certificate is damaged")]
 
 
 def _events(seen: SeenRun, logged: Mapping[str, History]) -> Iterator[Happened]:

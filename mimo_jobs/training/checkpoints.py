@@ -16,7 +16,8 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mimo_jobs.checkpoint.manifest import write_json
 from mimo_jobs.checkpoint.model_io import adapter_state, load_adapters, load_model, sharded_state
+from mimo_jobs.errors import UserError
 from mimo_jobs.modeling.build import BuiltModel
 from mimo_jobs.training.optimizer import Updates
 from mimo_jobs.training.saved import RECORD, Saved, checkpoint_directory, completed
@@ -54,18 +57,20 @@ class Checkpoints:
         # The writer hands its results over in a queue, which megatron-core takes from a process of its own (3 s to start, an
         # orphan after a kill); here the writer is a thread.
         filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportAttributeAccessIssue]
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_write_file)
 
     def save(self, saved: Saved) -> None:
         """Begin a checkpoint; in the background unless the run has it otherwise. Waits for the one before."""
         self.wait()
         staging = self.root / f".step-{saved.step:08d}.partial"
-        if dist.get_rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        dist.barrier()
-        request: Any = dist_checkpointing.save(
-            self._state(), str(staging), async_sharded_save=True, async_strategy="mcore"
-        )
+        with errors_named(staging, _advice(saved.step)):
+            if dist.get_rank() == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+            dist.barrier()
+            request: Any = dist_checkpointing.save(
+                self._state(), str(staging), async_sharded_save=True, async_strategy="mcore"
+            )
         self._pending = _Writing(request, staging, saved)
         if not self._background:
             self.wait()
@@ -81,10 +86,18 @@ class Checkpoints:
         return self._pending is not None
 
     def wait(self) -> Path | None:
-        """Publish the checkpoint that was begun, once every rank has written; its directory."""
+        """Publish the checkpoint that was begun, once every rank has written; its directory.
+
+        Raises:
+            UserError: a file could not be written.
+        """
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
+        with errors_named(pending.staging, _advice(pending.saved.step)):
+            return self._published(pending)
+
+    def _published(self, pending: "_Writing") -> Path:
         pending.join()
         for finalize in pending.request.finalize_fns:
             finalize()
@@ -131,6 +144,53 @@ class Checkpoints:
 
     def _optimizer_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         return self._updates.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_SHARDING))
+
+
+_write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+_failed: list[tuple[Path, Exception]] = []  # of this rank
+
+
+def _write_file(*args: Any, **kwargs: Any) -> Any:
+    """megatron-core's writer of one file, of whose error it keeps the type alone."""
+    result: Any = _write(*args, **kwargs)
+    if isinstance(result[1], Exception):
+        _failed.append((Path(kwargs["write_bucket"][0]), result[1]))
+    return result
+
+
+def _advice(step: int) -> str:
+    return f"the checkpoint of step {step} was not saved; make room and start again: the run goes on from the one before"
+
+
+@contextmanager
+def errors_named(directory: Path, advice: str) -> Iterator[None]:
+    """What goes wrong while ``directory`` is written, as a `UserError` with the file and the reason. megatron-core's own is no `Exception`.
+
+    Raises:
+        UserError: a file could not be written.
+        RuntimeError: another rank could not write; it says more.
+    """
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        path, cause = _failed[0] if _failed else (directory, error)
+        reason = _os_error(cause)
+        if reason is not None:
+            raise UserError(f"{reason.filename or path}: {reason.strerror or reason}; {advice}") from None
+        if _failed:
+            raise UserError(f"{path}: {' '.join(str(cause).split())[:300]}; {advice}") from None
+        if isinstance(error, CheckpointException):
+            raise RuntimeError(f"{directory}: a rank could not write its part; its log says why") from None
+        raise
+    finally:
+        _failed.clear()
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The error of the system behind an error: torch wraps it in one of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _Writing:

@@ -74,7 +74,9 @@ def notes(arguments: Mapping[str, Any], layout: ResolvedLayout) -> list[str]:
         found.append("sequence_parallel=true does nothing at layout.language.tp=1")
     settings: Optimizer = arguments["optimizer"]
     if settings.schedule != "wsd" and settings.decay_steps:
-        found.append(f"optimizer.decay_steps={settings.decay_steps} is for schedule=wsd; {settings.schedule} ignores it")
+        found.append(
+            f"optimizer.decay_steps={settings.decay_steps} is for schedule=wsd; {settings.schedule} ignores it"
+        )
     if arguments["steps"] is not None and arguments["saving"].every > arguments["steps"]:
         found.append(
             f"saving.every={arguments['saving'].every} is more than steps={arguments['steps']}: the only checkpoint is the last"

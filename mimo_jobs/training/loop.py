@@ -179,10 +179,8 @@ def _log(
 ) -> None:
     shared = torch.tensor([parts[p] for p in PARTS], dtype=torch.float64)
     dist.all_reduce(shared, group=control)
+    # Over all ranks: what the allocated GPUs did, a part each of the step's time.
     each = {p: v / run.world.size for p, v in zip(PARTS, shared.tolist(), strict=True)}
-    # A component's seconds are those of its own ranks.
-    for name in (IMAGES, LANGUAGE):
-        each[name] *= run.world.size / len(run.built.layout.components[name].ranks)
     table = step.table
     tokens = table.total(table.tokens)
     run.tokens += tokens
@@ -212,7 +210,7 @@ def _log(
 
 
 def note(values: Mapping[str, float]) -> str:
-    """The moment in a few words: ``loss 1.234 · grad 0.87 · lr 9.8e-06 · 12.3k tok/s/GPU · images 12 % language 80 % waiting 8 %``."""
+    """The moment in a few words; the parts are shares of the time of all ranks: ``loss 1.234 · grad 0.87 · lr 9.8e-06 · 12.3k tok/s/GPU · images 12 % language 80 % waiting 8 %``."""
     rate = values["tokens_per_second_per_gpu"]
     words = [
         f"loss {values['loss']:.4g}", f"grad {values['grad_norm']:.3g}", f"lr {values['lr']:.2g}",

@@ -39,6 +39,7 @@ class TrainingPreflight:
         parameters, trained: of the model, and of them (or of its adapters) those that train.
         memory: component -> bytes on the GPU of its fullest rank.
         disk_needed, disk_free: bytes, where the target goes; the target and its steps' checkpoints.
+        step_bytes: of one checkpoint of a step.
         notes: sentences a user should read before queueing.
         held: component -> bytes of weights of its fullest rank.
         allowed: (component, field, value) -> whether the model allows that size of a component's layout.
@@ -52,6 +53,7 @@ class TrainingPreflight:
     memory: dict[str, Memory]
     disk_needed: int
     disk_free: int
+    step_bytes: int
     notes: list[str]
     held: dict[str, int]
     allowed: Callable[[str, str, int], bool]
@@ -78,17 +80,21 @@ def check_training(
     samples, notes = (None, []) if data_to_come else look_at(arguments["data"], arguments["dataset"])
     settings = arguments["validation"]
     if settings.data:
-        notes += look_at(settings.data, dataclasses.replace(arguments["dataset"], split=settings.split), "validation.data")[1]
+        notes += look_at(
+            settings.data, dataclasses.replace(arguments["dataset"], split=settings.split), "validation.data"
+        )[1]
     steps = _steps(arguments, samples)
     notes = [*checks.notes(arguments, layout), *notes]
     if steps is not None:
         checks.check_optimizer(arguments["optimizer"], steps)
     adapters = _adapters(arguments.get("lora"), made, source if made_by is None else None)
     needs, parameters, trained = _memory(arguments, made, adapters)
-    needed = _disk(arguments, parameters, trained)
+    written = 4 * trained if adapters else parameters * ITEMSIZE[arguments["precision"]]
+    step_bytes = written + MASTER * trained
+    needed = _disk(arguments, written, step_bytes)
     free = publish.check_space(target, needed - _there(arguments))
     return TrainingPreflight(
-        layout, steps, samples, parameters, trained, needs, needed, free, notes, preflight.held(made), preflight.allowed(made)
+        layout, steps, samples, parameters, trained, needs, needed, free, step_bytes, notes, preflight.held(made), preflight.allowed(made)
     )  # fmt: skip
 
 
@@ -277,17 +283,18 @@ def _adapter_total(made: ImportPlan | ExportPlan, lora: Lora) -> int:
     return sum(math.prod(shape) for _, _, shape in entries)
 
 
-def _disk(arguments: Mapping[str, Any], parameters: int, trained: int) -> int:
-    """Bytes of the target and of the checkpoints of steps, one more than are kept while the newest is written."""
-    adapters = arguments.get("lora") is not None
-    target = 4 * trained if adapters else parameters * ITEMSIZE[arguments["precision"]]
-    step = target + MASTER * trained
-    steps = step * (arguments["saving"].keep + 1)
+def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int) -> int:
+    """Bytes where the target goes: of itself, and of the checkpoints of steps, one more than are kept while the newest is written.
+
+    Raises:
+        UserError: the checkpoints go to another disk, which has no room for them.
+    """
+    steps = step_bytes * (arguments["saving"].keep + 1)
     place = steps_directory(Path(arguments["target"]), arguments["saving"].directory)
     if _device(place) == _device(Path(arguments["target"])):
-        return target + steps
+        return written + steps
     publish.check_space(place, steps - _there(arguments))
-    return target
+    return written
 
 
 def _there(arguments: Mapping[str, Any]) -> int:
@@ -298,4 +305,3 @@ def _there(arguments: Mapping[str, Any]) -> int:
 
 def _device(place: Path) -> int:
     return next(p for p in (place, *place.parents) if p.exists()).stat().st_dev
-

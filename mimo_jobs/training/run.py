@@ -27,7 +27,7 @@ from mimo_jobs.modeling.lora import add_adapters
 from mimo_jobs.parallel.world import World
 from mimo_jobs.training import flops, metrics
 from mimo_jobs.training.batches import Shares
-from mimo_jobs.training.checkpoints import Checkpoints
+from mimo_jobs.training.checkpoints import Checkpoints, errors_named
 from mimo_jobs.training.checks import check_optimizer, check_settings
 from mimo_jobs.training.config import Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
 from mimo_jobs.training.data import Encoder, Lengths, Order, Source, measure, open_source, pack, share
@@ -363,7 +363,8 @@ def _publish(args: TrainArgs, built: BuiltModel, carried: Carried | None, world:
     if world.rank == 0:
         weights.mkdir()
     world.barrier("trained weights")
-    save_model(built, weights)
+    with errors_named(weights, "make room and start again: the run goes on from its last checkpoint"):
+        save_model(built, weights)
     if world.rank == 0:
         for path in list(weights.iterdir()):
             path.rename(staging / path.name)

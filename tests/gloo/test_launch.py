@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -227,14 +228,19 @@ def test_a_run_directory_that_nemo_run_cannot_carry_is_refused(checkpoint, tmp_p
     assert not home.exists()
 
 
+@pytest.mark.timeout(700)  # 60 s on two idle cores, of which the imports of three training ranks are a third
 def test_quickstart_ends_with_the_parity_line(home, tmp_path):
     command = [str(BIN / "nemo-run"), "recipes.quickstart", "--executor", "local", f"workdir={tmp_path}/work dir"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "parity: 103/103 tensors bit-exact"
-    assert "✓ 5/5 logits" in done.stderr
+    assert "✓ 6/8 logits" in done.stderr and "✓ 8/8 merge" in done.stderr
+    first, last = re.findall(r"✓ 7/8 lora +.* 16 steps, loss ([\d.]+) → ([\d.]+) → ", done.stderr)[0]
+    assert float(last) < 0.3 * float(first)
     (run,) = (home / "runs").iterdir()
-    assert [s.state().state for s in records.load(run).steps] == ["done"] * 5
+    assert [s.state().state for s in records.load(run).steps] == ["done"] * 8
+    merged = json.loads((tmp_path / "work dir/merged/parity.json").read_text())
+    assert merged["merged"] > 0 and not merged["different"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert again.returncode == 1
     assert "exists" in again.stderr
@@ -248,6 +254,10 @@ def test_nemoruns_own_command_line_runs_a_recipe(checkpoint, home, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "ComponentLayout(tp=1)" in shown.stdout
     assert not (tmp_path / "mimo").exists()
+    trained = [str(BIN / "nemorun"), "recipes", "qwen35vl_sft", f"source={checkpoint}", "data=d.jsonl", "target=t"]
+    groups = ["optimizer.lr=0.001", "saving.keep=3", "epochs=0.5", "--dryrun"]
+    shown = subprocess.run([*trained, *layout, *groups], capture_output=True, text=True, timeout=120, check=False)
+    assert "lr=0.001" in shown.stdout and "keep=3" in shown.stdout, shown.stdout + shown.stderr
     done = subprocess.run([*recipe, *layout, "--yes"], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "mimo").is_dir()

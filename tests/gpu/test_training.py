@@ -44,8 +44,12 @@ TOLERANCE, CANCELLING = 1e-4, ("A_log", "dt_bias")  # sums with heavy cancellati
 SAMPLES, MICROBATCHES = 8, 2
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_training_on_nccl_is_that_of_transformers(tmp_path: Path, world: int) -> None:
+# Few layouts a process: each model makes some twenty NCCL communicators.
+PARTS = [(world, first) for world in LAYOUTS for first in range(0, len(LAYOUTS[world]), 3)]
+
+
+@pytest.mark.parametrize(("world", "first"), PARTS)
+def test_training_on_nccl_is_that_of_transformers(tmp_path: Path, world: int, first: int) -> None:
     if world > GPUS:
         pytest.skip(f"needs {world} CUDA devices, found {GPUS}")
     from tests.gloo.batches import tiny
@@ -61,16 +65,16 @@ def test_training_on_nccl_is_that_of_transformers(tmp_path: Path, world: int) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (world, port, tmp_path), nprocs=world)
+    multiprocessing.spawn(_rank, (world, first, port, tmp_path), nprocs=world)
 
 
-def _rank(rank: int, world: int, port: int, work: Path) -> None:
+def _rank(rank: int, world: int, first: int, port: int, work: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.cuda.set_device(rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     torch.compiler.set_stance("force_eager")  # compiling megatron-core's small fused parts took most of 9 minutes
-    for name, (layout, options) in LAYOUTS[world].items():
+    for name, (layout, options) in list(LAYOUTS[world].items())[first : first + 3]:
         wanted = torch.load(work / f"tied={bool(options.get('tied'))}.pt", weights_only=False)
         _gradients(name, layout, options, wanted)
         _bf16_resume(name, layout, options, wanted, work / name.replace(" ", "_").replace("/", "_"))

@@ -10,9 +10,9 @@ from mimo_jobs.training import history, saved
 from mimo_jobs.training.tiny_data import make_data
 from tests.slurm.runs import SMALL, states, submit, told, wait_until
 
-STEPS = 30
+STEPS = 16
 WORDS = (
-    *SMALL, f"steps={STEPS}", "global_batch_size=8", "micro_batch_size=4", "precision=fp32", "recompute=none", "dataset.workers=1",
+    *SMALL, f"steps={STEPS}", "global_batch_size=8", "micro_batch_size=4", "precision=fp32", "recompute=none", "dataset.workers=0",
     "saving.every=1000", "logging.tensorboard=false",
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def went_on(run, train, tmp_path):
 
 
 def test_adapters_asked_to_stop_go_on_where_they_were(home, inputs, tmp_path, cluster):
-    run = training(home, inputs, tmp_path, "lora", "optimizer.lr=1e-2")
+    run = training(home, inputs, tmp_path, "lora", "optimizer.lr=1e-2", "dataset.workers=1")
     cluster.run("scancel", "--signal=USR1", "--batch", str(run.step("lora").state().job_id))
     went_on(run, "lora", tmp_path)
     losses = history.read(run.step("lora").directory).series("loss")

@@ -144,7 +144,7 @@ def test_everything_of_a_chain_is_there(tmp_path):
     (ranks,) = found.maps
     assert ranks.steps == "import, train, export" and [len(cells) for _, cells in ranks.nodes] == [8, 8, 8]
     assert ranks.nodes[2][1][0].title == "rank 16: images tp0 pp0 dp0"
-    assert [(name, equal) for name, equal, _ in found.parity] == [("export", True), ("verify", True)]
+    assert [(name, verdict) for name, verdict, _ in found.parity] == [("export", "bit-exact"), ("verify", "bit-exact")]
     assert any(e.kind == "checkpoint" for e in found.events) and found.events == sorted(
         found.events, key=lambda e: e.at
     )
@@ -160,8 +160,8 @@ def test_what_differs_is_not_called_equal(tmp_path):
     run = runs.chain(tmp_path / "sft-1")
     different = {**runs.CERTIFICATE, "equal": False, "bit_exact": 759, "different": {"a": {}}}
     records.write_json(run.steps[3].directory / "result.json", {"status": "ok", "summary": different})
-    name, equal, facts = content.of_run(run).parity[1]
-    assert (name, equal, facts[0].value) == ("verify", False, "759/760 tensors bit-exact")
+    name, verdict, facts = content.of_run(run).parity[1]
+    assert (name, verdict, facts[0].value) == ("verify", "not proven", "759/760 tensors bit-exact")
 
 
 def test_a_colocated_cell_has_both_components_and_idle_gpus_are_shown(tmp_path):
