@@ -40,9 +40,7 @@ class Mimo(MimoModel):
         finally:
             self._places = None
 
-    def get_text_embeddings(
-        self, input_ids: Tensor, position_ids: Tensor, special_token_ids: dict[str, int]
-    ) -> Tensor:
+    def get_text_embeddings(self, input_ids: Tensor, position_ids: Tensor, special_token_ids: dict[str, int]) -> Tensor:
         """Embeddings of every token, image tokens included: (seq, batch, hidden)."""
         if self._places is None:
             return super().get_text_embeddings(input_ids, position_ids, special_token_ids)

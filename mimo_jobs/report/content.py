@@ -387,11 +387,19 @@ def _parity(seen: SeenRun) -> Iterator[tuple[str, str, list[Fact]]]:
                 facts = [
                     Fact("result", said),
                     Fact("cast", str(parity["cast"])),
-                    *([Fact("merged", f"{merged:,} with the adapter; before it, equal to the source")] if merged else []),
+                    *(
+                        [Fact("merged", f"{merged:,} with the adapter; before it, equal to the source")]
+                        if merged
+                        else []
+                    ),
                     Fact("certificate", str(found["certificate"])),
                 ]
                 known = parity["equal"] + parity["cast"] + merged == found["tensors"]
-                yield one.step.name, "not proven" if not (parity["verified"] and known) else "merged" if merged else "bit-exact", facts
+                yield (
+                    one.step.name,
+                    "not proven" if not (parity["verified"] and known) else "merged" if merged else "bit-exact",
+                    facts,
+                )
         except (KeyError, TypeError, ValueError, AttributeError):
             yield one.step.name, "not proven", [Fact("result", "its certificate is damaged")]
 

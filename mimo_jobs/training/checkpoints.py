@@ -159,7 +159,9 @@ def _write_file(*args: Any, **kwargs: Any) -> Any:
 
 
 def _advice(step: int) -> str:
-    return f"the checkpoint of step {step} was not saved; make room and start again: the run goes on from the one before"
+    return (
+        f"the checkpoint of step {step} was not saved; make room and start again: the run goes on from the one before"
+    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mimo_jobs.errors import JobFailed
 from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.modeling.lora import seed_dropout
 from mimo_jobs.parallel.world import World
 from mimo_jobs.training.checkpoints import Checkpoints
 from mimo_jobs.training.config import Stop
@@ -41,6 +42,7 @@ class Run:
         validate: mean loss and tokens on the validation data; None without any.
         flops: model FLOPs of a step from its table.
         save_every, validate_every: steps.
+        dropout_seed: of adapters with dropout, which is drawn anew each step, so that a resumed run draws the same; else None.
         done: optimizer steps done; ``losses``: of the last of them; ``skipped``: bad samples so far.
     """
 
@@ -58,6 +60,7 @@ class Run:
     validate: Callable[[], tuple[float, int]] | None
     flops: Callable[[Step], float]
     peak_tflops: float | None
+    dropout_seed: int | None = None
     done: int = 0
     skipped: int = 0
     losses: list[float] = field(default_factory=list)
@@ -101,6 +104,8 @@ def train(run: Run, feeder: Feeder) -> None:
             step = next(steps)
             data_seconds = time.perf_counter() - started
             run.updates.set_step(run.done)
+            if run.dropout_seed is not None:
+                seed_dropout(run.built, run.dropout_seed + run.done)
             tokens = step.table.total(step.table.loss_tokens)
             microbatches = [m.to(run.device) for m in step.microbatches]
             with watch.span("model"):
@@ -155,6 +160,7 @@ def _stopped(run: Run, step: Step, number: int, why: str) -> JobFailed:
     ids = [i for p, i in enumerate(step.table.ids) if p not in step.table.bad]
     if run.metrics is not None:
         run.metrics.event(number, f"{why}; samples: {', '.join(ids)}", "warning")
+    _publish(run)  # one that is being written is of an earlier step
     more = f" and {len(ids) - NAMED} more (metrics.jsonl names all)" if len(ids) > NAMED else ""
     last = next(iter(completed(run.checkpoints.root)), None)
     kept = f"the last checkpoint is {last[1]}" if last else "there is no checkpoint yet"
@@ -167,7 +173,11 @@ def _parts(run: Run, watch: Stopwatch, data_seconds: float) -> dict[str, float]:
     """Where this rank's time went: its component's work is what is left when waiting is taken off."""
     found = watch.read()
     waiting = found.get("waiting", 0.0)
-    parts = dict.fromkeys(PARTS, 0.0) | {"data": data_seconds, "waiting": waiting, "optimizer": found.get("optimizer", 0.0)}
+    parts = dict.fromkeys(PARTS, 0.0) | {
+        "data": data_seconds,
+        "waiting": waiting,
+        "optimizer": found.get("optimizer", 0.0),
+    }
     busy = max(0.0, found.get("model", 0.0) - waiting)
     images = found.get(IMAGES, 0.0) if LANGUAGE in run.built.groups else busy
     parts[IMAGES], parts[LANGUAGE] = images, max(0.0, busy - images)
@@ -227,7 +237,11 @@ def note(values: Mapping[str, float]) -> str:
 
 def _validate_and_save(run: Run, control: dist.ProcessGroup, stopping: bool) -> None:
     last = run.done == run.steps
-    if run.validate is not None and (last or (run.validate_every and run.done % run.validate_every == 0)) and not stopping:
+    if (
+        run.validate is not None
+        and (last or (run.validate_every and run.done % run.validate_every == 0))
+        and not stopping
+    ):
         loss, tokens = run.validate()
         run.told["validation_loss"] = loss
         if run.metrics is not None:

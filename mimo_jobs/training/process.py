@@ -66,7 +66,9 @@ def _device() -> torch.device:
     if count == 1 and "SLURM_LOCALID" in os.environ:  # bound to its own by Slurm
         local = 0
     if local >= count:
-        raise UsageError(f"rank {local} of {socket.gethostname()} has no GPU: the node shows {count}; use a smaller layout")
+        raise UsageError(
+            f"rank {local} of {socket.gethostname()} has no GPU: the node shows {count}; use a smaller layout"
+        )
     return torch.device("cuda", local)
 
 

@@ -41,7 +41,11 @@ class Rows:
 
 
 def steps_and_stop(
-    rows_of_epoch: int, global_batch_size: int, steps: int | None, epochs: float, count: Callable[[int], int] | None = None
+    rows_of_epoch: int,
+    global_batch_size: int,
+    steps: int | None,
+    epochs: float,
+    count: Callable[[int], int] | None = None,
 ) -> tuple[int, int]:
     """Optimizer steps of a run, and after how many rows it stops.
 

@@ -36,7 +36,7 @@ from mimo_jobs.training.loop import Run, train
 from mimo_jobs.training.optimizer import make_optimizer
 from mimo_jobs.training.process import distributed
 from mimo_jobs.training.rows import Rows, steps_and_stop
-from mimo_jobs.training.saved import make_way, newest, steps_directory
+from mimo_jobs.training.saved import CARRIED, make_way, newest, steps_directory
 from mimo_jobs.training.step import component_module, run_step, watch_images, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
 
@@ -83,7 +83,9 @@ class TrainArgs:
     def shares(self) -> Shares:
         """Who works on which rows."""
         language, images = (self.layout.components[n].dp for n in (LANGUAGE, IMAGES))
-        return Shares(language, images, self.micro_batch_size, self.global_batch_size // (self.micro_batch_size * language))
+        return Shares(
+            language, images, self.micro_batch_size, self.global_batch_size // (self.micro_batch_size * language)
+        )
 
 
 def run_training(args: TrainArgs, world: World) -> dict[str, Any]:
@@ -114,14 +116,14 @@ def _made_of(args: TrainArgs) -> Mapping[str, Any] | None:
 def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     source, validation = _open(args, world)
     encoder = Encoder(str(_processor(args.source)), args.dataset)
-    rows, steps = _rows(args, source, encoder, world)
+    rows, steps, left_out = _rows(args, source, encoder, world)
     check_optimizer(args.optimizer, steps)
     built = _build(args)
     with world.timed("load"):
         _load(args, built)
     wrap_for_training(built)
     updates = make_optimizer(built, args.optimizer, steps)
-    carried = None if args.lora else carry(args.source, args.layout, args.checkpoints / "carried", world)
+    carried = None if args.lora else carry(args.source, args.layout, args.checkpoints / CARRIED, world)
 
     def finish(staging: Path, files: dict[str, int]) -> None:
         if carried is not None:
@@ -133,7 +135,7 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     found = newest(args.checkpoints, args.identity, lambda text: _say(world, f"warning: {text}"))
     run = Run(
         world, built, updates, checkpoints, device, steps, args.identity, args.stop, args.saving.every, args.validation.every,
-        None, None, _flops(args, built), _peak(args),
+        None, None, _flops(args, built), _peak(args), dropout_seed=args.seed if args.lora and args.lora.dropout else None, skipped=len(left_out),
     )  # fmt: skip
     if found is not None:
         with world.timed("resume"):
@@ -145,6 +147,9 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     log = _metrics(args, world, run, steps, len(source))
     with log if log is not None else _Nothing():
         run.metrics = log
+        if log is not None and found is None:
+            for problem in left_out:
+                log.event(0, problem, "bad sample")
         watch_images(built, run.watch)
         world.progress("train", run.done, steps, "steps")
         with Feeder(built, source, encoder, rows, args.shares, args.dataset, run.done, steps) as feeder:
@@ -186,11 +191,11 @@ def _open(args: TrainArgs, world: World) -> tuple[Source, Source | None]:
     return found or opened()
 
 
-def _rows(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> tuple[Rows, int]:
-    """Samples of every row, and the number of steps."""
+def _rows(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> tuple[Rows, int, list[str]]:
+    """Samples of every row, the number of steps, and id and reason of the samples that are in no row."""
     order = Order(len(source), args.seed, args.dataset.shuffle)
     if args.dataset.packing:
-        lengths = _lengths(args, source, encoder, world)
+        lengths, bad = _lengths(args, source, encoder, world)
         packs: dict[int, Sequence[Sequence[int]]] = {}
 
         def epoch_rows(epoch: int) -> Sequence[Sequence[int]]:
@@ -199,14 +204,16 @@ def _rows(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> tu
             return packs[epoch]
 
         first = len(epoch_rows(0))
-        steps, stop = steps_and_stop(first, args.global_batch_size, args.steps, args.epochs, lambda e: len(epoch_rows(e)))
-        return Rows(epoch_rows, args.global_batch_size, stop), steps
+        steps, stop = steps_and_stop(
+            first, args.global_batch_size, args.steps, args.epochs, lambda e: len(epoch_rows(e))
+        )
+        return Rows(epoch_rows, args.global_batch_size, stop), steps, bad
     steps, stop = steps_and_stop(len(source), args.global_batch_size, args.steps, args.epochs)
-    return Rows(lambda epoch: [[int(i)] for i in order.epoch(epoch)], args.global_batch_size, stop), steps
+    return Rows(lambda epoch: [[int(i)] for i in order.epoch(epoch)], args.global_batch_size, stop), steps, []
 
 
-def _lengths(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> Sequence[int]:
-    """Tokens of every sample, each rank measuring a share; bad ones are negative, and named in the log."""
+def _lengths(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> tuple[Sequence[int], list[str]]:
+    """Tokens of every sample, each rank measuring a share; bad ones are negative, returned and named in the log."""
     start, stop = share(len(source), world.rank, world.size)
     world.progress("measure samples", 0, len(source), "samples")
     own = measure(source, encoder, start, stop, args.dataset.workers)
@@ -220,10 +227,12 @@ def _lengths(args: TrainArgs, source: Source, encoder: Encoder, world: World) ->
         raise UserError(f"bad sample: {bad[0]}; set dataset.on_bad=skip to go on without it")
     if len(bad) == len(source):
         raise UserError(f"{args.data}: all {len(bad)} samples are bad, e.g. {bad[0]}")
-    return lengths.values.tolist()
+    return lengths.values.tolist(), bad
 
 
-def _validate(args: TrainArgs, built: BuiltModel, source: Source, encoder: Encoder, device: torch.device) -> tuple[float, int]:
+def _validate(
+    args: TrainArgs, built: BuiltModel, source: Source, encoder: Encoder, device: torch.device
+) -> tuple[float, int]:
     """Mean loss per token over the first samples of the validation data."""
     count = min(len(source), args.validation.samples or len(source))
     shares = args.shares
@@ -285,7 +294,9 @@ def _float32_parameters(args: TrainArgs) -> list[str]:
         dtypes = {key: tensor.dtype for key, tensor in made.tensors.items()}
     if set(dtypes.values()) == {"F32"}:
         return []
-    return sorted({key.partition(".layers.")[2].partition(".")[2] or key for key, dtype in dtypes.items() if dtype == "F32"})
+    return sorted(
+        {key.partition(".layers.")[2].partition(".")[2] or key for key, dtype in dtypes.items() if dtype == "F32"}
+    )
 
 
 def _load(args: TrainArgs, built: BuiltModel) -> None:
@@ -315,7 +326,11 @@ def _flops(args: TrainArgs, built: BuiltModel) -> Any:
     language: flops.Training = "lora" if args.lora else "passed" if args.freeze == LANGUAGE else "trained"
     images: flops.Training = "frozen" if args.freeze == IMAGES else "trained"
     if args.lora is not None:
-        images = "lora" if any("visual" in name for name in args.lora.targets.split(",")) or IMAGES in args.lora.targets else "frozen"
+        images = (
+            "lora"
+            if any("visual" in name for name in args.lora.targets.split(",")) or IMAGES in args.lora.targets
+            else "frozen"
+        )
 
     def of_step(step: Step) -> float:
         table = step.table
@@ -338,8 +353,17 @@ def _metrics(args: TrainArgs, world: World, run: Run, steps: int, samples: int) 
     if world.rank != 0 or world.record is None:
         return None
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in ("identity", "layout")}
-    plain = json.loads(json.dumps({n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in settings.items()}, default=str))  # type: ignore[arg-type]
-    about = plain | {"layout": args.layout.as_layout(), "total_steps": steps, "samples_in_data": samples, "world_size": world.size}
+    plain = json.loads(
+        json.dumps(
+            {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in settings.items()}, default=str
+        )
+    )  # type: ignore[arg-type]
+    about = plain | {
+        "layout": args.layout.as_layout(),
+        "total_steps": steps,
+        "samples_in_data": samples,
+        "world_size": world.size,
+    }
     return metrics.Metrics(world.record, args.logging, about, run.done)
 
 

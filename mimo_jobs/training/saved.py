@@ -1,5 +1,6 @@
 """What checkpoints of a training run are there, by their names and records. No torch, no tensor read."""
 
+import itertools
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from mimo_jobs.errors import UserError
 from mimo_jobs.weights.json_files import read_object
 
 RECORD = "training.json"
+CARRIED = "carried"  # what a Hugging Face source has beside its weights
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -120,12 +122,19 @@ def make_way(root: Path, identity: Mapping[str, Any], finished: Mapping[str, Any
     other = other_run(root, identity)
     if other is None:
         return ""
+    ours = [p for p in root.iterdir() if _NAME.fullmatch(p.name) or p.name == CARRIED or p.match(".step-*.partial")]
     if finished is not None and other.identity == finished:
-        shutil.rmtree(root)
+        for path in ours:
+            shutil.rmtree(path)
         return f"{root}: held checkpoints of the run that made the target to be replaced; they were removed"
-    aside = root.with_name(f"{root.name}.of-{digest(other.identity)[:8]}")
-    if aside.exists():  # set aside before, and begun again since
-        shutil.rmtree(aside)
-    os.rename(root, aside)
+    aside = _unused(root.with_name(f"{root.name}.of-{digest(other.identity)[:8]}"))
+    aside.mkdir()
+    for path in ours:
+        os.rename(path, aside / path.name)
     why = difference(other.identity, identity)
     return f"{root}: held checkpoints of another run, up to step {other.step} ({why}); they are in {aside} now"
+
+
+def _unused(place: Path) -> Path:
+    names = itertools.chain([place], (place.with_name(f"{place.name}-{n}") for n in itertools.count(2)))
+    return next(p for p in names if not p.exists())

@@ -23,7 +23,9 @@ LAYOUTS = {
 }
 
 
-def curve(layout: ParallelLayout, config: Any, weights: Any, samples: Any, batch: int, steps: int, settings: Optimizer) -> list[float]:
+def curve(
+    layout: ParallelLayout, config: Any, weights: Any, samples: Any, batch: int, steps: int, settings: Optimizer
+) -> list[float]:
     """Losses of ``steps`` steps in fp32, which begin with ``weights`` and go over the samples again and again."""
     ranks = run_ranks(
         layout.resolve().world_size, _losses, layout, config, weights, samples, batch, steps, settings, timeout_s=600
@@ -31,7 +33,9 @@ def curve(layout: ParallelLayout, config: Any, weights: Any, samples: Any, batch
     return [sum(r[i] for r in ranks) for i in range(steps)]
 
 
-def _losses(layout: ParallelLayout, config: Any, weights: Any, samples: Any, batch: int, steps: int, settings: Optimizer) -> list[float]:
+def _losses(
+    layout: ParallelLayout, config: Any, weights: Any, samples: Any, batch: int, steps: int, settings: Optimizer
+) -> list[float]:
     built = build(config, layout.resolve(), dtype=torch.float32)
     load_reference(built, weights)
     wrap_for_training(built)

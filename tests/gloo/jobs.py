@@ -77,9 +77,20 @@ class Job:
     ) -> None:  # fmt: skip
         record.mkdir(parents=True, exist_ok=True)
         self.record, self._before, self._limit, self._started = record, before, file_limit or {}, time.monotonic()
+        with suppress(FileNotFoundError):  # an attempt that began sooner than users can might take it for its own
+            os.utime(record / "result.json", (0, 0))
         size = as_layout(layout).resolve().world_size if layout else 1
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()} | ({"layout": layout} if layout else {})
-        spec = {"schema": 1, "job": job, "run_id": record.name, "world_size": size, "record": str(record), "arguments": plain}
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()} | (
+            {"layout": layout} if layout else {}
+        )
+        spec = {
+            "schema": 1,
+            "job": job,
+            "run_id": record.name,
+            "world_size": size,
+            "record": str(record),
+            "arguments": plain,
+        }
         (record / "JOB.json").write_text(json.dumps(spec))
         self._codes: dict[int, int] = {}
         self.pids = [self._fork(rank, size) for rank in range(size)]
@@ -117,7 +128,9 @@ class Job:
         while not there():
             for rank in range(len(self.pids)):
                 self._wait(rank)
-            assert time.monotonic() < deadline and not self._codes, f"did not come: {self._codes}\n{self._said()[-4000:]}"
+            assert time.monotonic() < deadline and not self._codes, (
+                f"did not come: {self._codes}\n{self._said()[-4000:]}"
+            )
             time.sleep(0.02)
 
     def _said(self) -> str:
@@ -185,5 +198,8 @@ def train(record: Path, layout: dict = ONE, *, job: str = "sft", timeout: float 
 
 def settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """`SETTINGS` with others in their place; the groups of both are merged."""
-    merged = {n: SETTINGS[n] | v if isinstance(SETTINGS.get(n), dict) and isinstance(v, dict) else v for n, v in arguments.items()}
+    merged = {
+        n: SETTINGS[n] | v if isinstance(SETTINGS.get(n), dict) and isinstance(v, dict) else v
+        for n, v in arguments.items()
+    }
     return SETTINGS | merged

@@ -114,12 +114,20 @@ SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_wrong_setting_is_a_usage_error(name: str, model: Path, data: Path, tmp_path: Path) -> None:
     changes, code, message = SETTINGS[name]
-    failed(train(tmp_path / "record", DATA_PARALLEL, source=model, data=data, target=tmp_path / "sft", **changes), code, message)
+    failed(
+        train(tmp_path / "record", DATA_PARALLEL, source=model, data=data, target=tmp_path / "sft", **changes),
+        code,
+        message,
+    )
 
 
 def test_sources_that_are_no_checkpoint_or_another_model(model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "neither").mkdir()
-    failed(train(tmp_path / "r0", source=tmp_path / "neither", data=data, target=tmp_path / "a"), 1, str(tmp_path / "neither"))
+    failed(
+        train(tmp_path / "r0", source=tmp_path / "neither", data=data, target=tmp_path / "a"),
+        1,
+        str(tmp_path / "neither"),
+    )
     make_tiny(str(tmp_path / "wide"), shape=Shape(ffn=128))
     for file in (tmp_path / "wide").glob("*.safetensors*"):
         file.unlink()
@@ -185,12 +193,14 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_earlier_one_to_go_on_from(
     assert not error["transient"] and error["exit_code"] == 1
     ((step, directory),) = completed(Path(f"{tmp_path}/out.steps"))
     assert step == 2 and read(directory).step == 2
-    again = train(tmp_path / "record", FAN_IN, job=job, source=model, data=data, target=tmp_path / "out")
+    again = train(tmp_path / "again", FAN_IN, job=job, source=model, data=data, target=tmp_path / "out")
     assert again.summary["steps"] == 6 and again.history.resumed == [2]
 
 
 def test_steps_of_another_run_are_refused_with_what_differs(model: Path, data: Path, tmp_path: Path) -> None:
-    common: dict[str, Any] = dict(source=model, data=data, target=tmp_path / "sft", saving={"directory": str(tmp_path / "steps")})
+    common: dict[str, Any] = dict(
+        source=model, data=data, target=tmp_path / "sft", saving={"directory": str(tmp_path / "steps")}
+    )
     assert train(tmp_path / "r0", steps=2, **common).codes == [0]
     common["target"] = tmp_path / "other"
     ended = train(tmp_path / "r1", steps=2, optimizer={"lr": 2e-3}, seed=4, **common)
@@ -213,14 +223,24 @@ def poisoned(model: Path, target: Path) -> Path:
 
 STOPPED: dict[str, tuple[dict[str, Any], str, int]] = {
     "not a number in the weights": ({"poison": True}, "step 1: the loss is nan", 0),
-    "a learning rate that explodes": ({"optimizer": {"lr": 1e30, "clip_grad": 0.0}, "saving": {"every": 1}}, "step 2: the loss is ", 1),
+    "a learning rate that explodes": (
+        {"optimizer": {"lr": 1e30, "clip_grad": 0.0}, "saving": {"every": 1}},
+        "step 2: the loss is ",
+        1,
+    ),
     "max_loss": ({"stop": {"max_loss": 1e-3}}, "above stop.max_loss=0.001", 0),
-    "spike": ({"optimizer": {"lr": 3.0, "warmup_steps": 4}, "stop": {"spike": 1.01}}, "above stop.spike=1.01 times the median", 0),
+    "spike": (
+        {"optimizer": {"lr": 3.0, "warmup_steps": 4}, "stop": {"spike": 1.01}},
+        "above stop.spike=1.01 times the median",
+        0,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_a_loss_that_goes_wrong_stops_the_run_before_it_is_saved(name: str, model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_goes_wrong_stops_the_run_before_it_is_saved(
+    name: str, model: Path, data: Path, tmp_path: Path
+) -> None:
     changes, message, saved = STOPPED[name]
     changes = dict(changes)
     source = poisoned(model, tmp_path / "nan") if changes.pop("poison", False) else model
@@ -288,7 +308,9 @@ RANKS: dict[str, tuple[Callable[[int], None], str, bool, int | None]] = {
 @pytest.mark.parametrize("name", RANKS)
 def test_a_rank_that_fails_ends_all_in_bounded_time(name: str, model: Path, data: Path, tmp_path: Path) -> None:
     before, message, transient, killed = RANKS[name]
-    ended = train(tmp_path / "record", FAN_IN, source=model, data=data, target=tmp_path / "sft", before=before, timeout=40)
+    ended = train(
+        tmp_path / "record", FAN_IN, source=model, data=data, target=tmp_path / "sft", before=before, timeout=40
+    )
     assert ended.codes == [-signal.SIGKILL if rank == killed else 1 for rank in range(2)], ended.said[-4000:]
     assert message in ended.error["message"] and ended.error["transient"] == transient, ended.error
     saved = completed(Path(f"{tmp_path}/sft.steps"))
@@ -320,7 +342,9 @@ def test_a_data_worker_that_is_killed_ends_the_run(model: Path, data: Path, tmp_
         deadline = time.monotonic() + 10
         while (left := children(job)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert left == [], [Path(f"/proc/{pid}/status").read_text()[:200] + Path(f"/proc/{pid}/cmdline").read_text() for pid in left]
+        assert left == [], [
+            Path(f"/proc/{pid}/status").read_text()[:200] + Path(f"/proc/{pid}/cmdline").read_text() for pid in left
+        ]
 
 
 def test_a_defect_in_a_data_worker_is_shown_with_its_sample(model: Path, data: Path, tmp_path: Path) -> None:
@@ -334,7 +358,9 @@ def test_a_defect_in_a_data_worker_is_shown_with_its_sample(model: Path, data: P
 
         loader._Work.load = broken
 
-    ended = train(tmp_path / "record", FAN_IN, source=model, data=data, target=tmp_path / "sft", before=before, timeout=40)
+    ended = train(
+        tmp_path / "record", FAN_IN, source=model, data=data, target=tmp_path / "sft", before=before, timeout=40
+    )
     assert ended.codes == [1, 1]
     assert "a defect" in ended.error["message"] and "ZeroDivisionError: made up" in ended.said
     assert not ended.error["transient"]

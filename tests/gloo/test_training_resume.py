@@ -63,7 +63,15 @@ def test_resume_equals_the_uninterrupted_run(
 
 
 def _train(
-    layout: ParallelLayout, config: Any, weights: Any, samples: Any, dtype: torch.dtype, root: Path, first: int, stop: int, save_at: int | None
+    layout: ParallelLayout,
+    config: Any,
+    weights: Any,
+    samples: Any,
+    dtype: torch.dtype,
+    root: Path,
+    first: int,
+    stop: int,
+    save_at: int | None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     built = build(config, layout.resolve(), dtype=dtype)
     load_reference(built, weights)

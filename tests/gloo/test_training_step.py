@@ -1,5 +1,6 @@
 """Loss, every gradient and the gradient's norm equal transformers', in every class of layout."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -48,8 +49,32 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int, dict[str, Any]]] = {
 MICROBATCHES = 2
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Relative errors of a step: of its loss, of the gradient's norm (the worst rank's), of each parameter's gradient.
+
+    Attributes:
+        stray: parameters whose gradient should be zero and is not.
+    """
+
+    loss_error: float
+    norm_error: float
+    errors: dict[str, float]
+    stray: set[str]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_step_equals_transformers(name: str) -> None:
+    measured = measure(name)
+    assert measured.loss_error < 2e-6
+    assert measured.norm_error < 3e-5
+    bounds = {n: CANCELLING_TOLERANCE if n.endswith(CANCELLING) else TOLERANCE for n in measured.errors}
+    assert {n: e for n, e in measured.errors.items() if not e < bounds[n]} == {}
+    assert measured.stray == set()
+
+
+def measure(name: str) -> Measured:
+    """One step in a layout, against transformers in fp64."""
     layout, per_replica, options = LAYOUTS[name]
     resolved = layout.resolve()
     config, model = tiny(tied=options.get("tied", False))
@@ -57,12 +82,13 @@ def test_step_equals_transformers(name: str) -> None:
     count = per_replica * shares.language * MICROBATCHES
     samples = samples_of_a_run(config, count, text_only=options.get("text_only", False))
     loss, gradients, _ = exact(model, samples)
-    results = run_ranks(resolved.world_size, _on_rank, layout, config, model.state_dict(), gradients, samples, shares, options)
-    assert sum(loss for loss, _, _ in results) == pytest.approx(loss, rel=2e-6)
+    results = run_ranks(
+        resolved.world_size, _on_rank, layout, config, model.state_dict(), gradients, samples, shares, options
+    )
+    loss_error = abs(sum(part for part, _, _ in results) / loss - 1)
     frozen = options.get("frozen")
     kept = [g for n, g in gradients.items() if frozen is None or ("visual" in n) != (frozen == "images")]
     norm = torch.sqrt(sum(g.square().sum() for g in kept)).item()  # pyright: ignore
-    assert [norm for *_, norm in results] == pytest.approx([norm] * len(results), rel=3e-5)
     # Relative to the whole tensor: alone, a rank's two numbers of A_log may all but cancel.
     summed: dict[str, tuple[float, float]] = {}
     for _, squares, _ in results:
@@ -70,13 +96,18 @@ def test_step_equals_transformers(name: str) -> None:
             before = summed.get(n, (0.0, 0.0))
             summed[n] = (before[0] + e, before[1] + w)
     errors = {n: (e / w) ** 0.5 for n, (e, w) in summed.items() if w}
-    bounds = {n: CANCELLING_TOLERANCE if n.endswith(CANCELLING) else TOLERANCE for n in errors}
-    assert {n: e for n, e in errors.items() if not e < bounds[n]} == {}
-    assert {n for n, (e, w) in summed.items() if not w and e} == set()
+    stray = {n for n, (e, w) in summed.items() if not w and e}
+    return Measured(loss_error, max(abs(found / norm - 1) for *_, found in results), errors, stray)
 
 
 def _on_rank(
-    layout: ParallelLayout, config: Any, weights: Any, gradients: Any, samples: Any, shares: Shares, options: dict[str, Any]
+    layout: ParallelLayout,
+    config: Any,
+    weights: Any,
+    gradients: Any,
+    samples: Any,
+    shares: Shares,
+    options: dict[str, Any],
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
     """This rank's part of the loss, parameter -> squared error and squared norm of its shard's gradient, total norm."""
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -111,7 +142,9 @@ def _rows(count: int, shares: Shares) -> list[list[int]]:
     return [list(range(r * count // rows, (r + 1) * count // rows)) for r in range(rows)]
 
 
-def _sharded_norm(layout: Any, config: Any, weights: Any, options: Any, samples: Any, table: Any, shares: Any, total: int) -> float:
+def _sharded_norm(
+    layout: Any, config: Any, weights: Any, options: Any, samples: Any, table: Any, shares: Any, total: int
+) -> float:
     """The same with the distributed optimizer's sharded gradients."""
     built = build(config, layout.resolve(), sequence_parallel=options.get("sp", False))
     load_reference(built, weights)

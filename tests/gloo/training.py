@@ -38,10 +38,17 @@ def make_sample(config: dict[str, Any], grids: list[tuple[int, int, int]], text:
     patches = int(sum(np.prod(g) for g in grids))
     pixels = random.standard_normal((patches, features)).astype(np.float32) if grids else None
     grid_thw = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    return Sample(torch.from_numpy(input_ids), torch.from_numpy(labels), grid_thw, None if pixels is None else torch.from_numpy(pixels))
+    return Sample(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        grid_thw,
+        None if pixels is None else torch.from_numpy(pixels),
+    )
 
 
-def samples_of_a_run(config: dict[str, Any], count: int, *, same_size: bool = False, text_only: bool = False) -> list[Sample]:
+def samples_of_a_run(
+    config: dict[str, Any], count: int, *, same_size: bool = False, text_only: bool = False
+) -> list[Sample]:
     """Images of varying sizes; every fourth sample has none, every fifth has two."""
     sizes = [(1, 4, 8), (1, 8, 4), (1, 8, 8), (1, 4, 4)]
     made = []
@@ -64,7 +71,9 @@ def table_of(samples: list[Sample], rows: list[list[int]]) -> StepTable:
     )
 
 
-def microbatches_of(built: Any, samples: list[Sample], table: StepTable, shares: Shares, packing: bool = False) -> list[Microbatch]:
+def microbatches_of(
+    built: Any, samples: list[Sample], table: StepTable, shares: Shares, packing: bool = False
+) -> list[Microbatch]:
     """This rank's microbatches of one step."""
     encoded = dict(enumerate(samples))
     pixels = {i: (s.pixel_values, s.image_grid_thw) for i, s in encoded.items() if s.pixel_values is not None}
@@ -78,7 +87,14 @@ def microbatches_of(built: Any, samples: list[Sample], table: StepTable, shares:
             config = built.configs["language"]
             multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
             one = language_inputs(
-                built.hf, table, shares, m, built.groups["language"].dp.rank(), encoded, multiple=multiple, packing=packing
+                built.hf,
+                table,
+                shares,
+                m,
+                built.groups["language"].dp.rank(),
+                encoded,
+                multiple=multiple,
+                packing=packing,
             )
             one.inputs["modality_inputs"] = images
         else:

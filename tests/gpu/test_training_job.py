@@ -61,7 +61,9 @@ def test_a_run_is_interrupted_goes_on_and_its_export_has_its_loss(tmp_path: Path
     adapter = {"adapter": str(tmp_path / "trained")} if job == "lora" else {}
     convert(tmp_path / "r2", "export", ONE, source=str(tmp_path / source), target=str(tmp_path / "out"), **adapter)
     loss = _loss_of_transformers(tmp_path / "out", data)
-    print(f"{job}: loss {steps[1]['loss']:.4f} -> {steps[12]['loss']:.4f}, validation {validated:.4f}, transformers {loss:.4f}; {summary}")
+    print(
+        f"{job}: loss {steps[1]['loss']:.4f} -> {steps[12]['loss']:.4f}, validation {validated:.4f}, transformers {loss:.4f}; {summary}"
+    )
     assert loss == pytest.approx(validated, rel=2e-2)
 
 

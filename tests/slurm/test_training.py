@@ -10,11 +10,22 @@ from mimo_jobs.training import history, saved
 from mimo_jobs.training.tiny_data import make_data
 from tests.slurm.runs import SMALL, states, submit, told, wait_until
 
+pytestmark = pytest.mark.timeout(900)  # three ranks that import torch twice; minutes on a busy machine
+
 STEPS = 16
 WORDS = (
-    *SMALL, f"steps={STEPS}", "global_batch_size=8", "micro_batch_size=4", "precision=fp32", "recompute=none", "dataset.workers=0",
+    *SMALL, f"steps={STEPS}", "global_batch_size=8", "micro_batch_size=4", "precision=fp32", "recompute=none",
     "saving.every=1000", "logging.tensorboard=false",
 )  # fmt: skip
+
+
+SLOW = """
+import sys, time
+if "mimo_jobs.worker" in " ".join(sys.orig_argv):
+    from mimo_jobs.training.rows import Rows
+    real = Rows.of_step
+    Rows.of_step = lambda self, step: (time.sleep(0.5), real(self, step))[1]
+"""  # a step takes at least that long, on a fast machine too
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +40,18 @@ def inputs(tmp_path_factory):
 
 def training(home, inputs, tmp_path, train, *more):
     """A pipeline whose training has done a few steps when this returns."""
-    words = (f"model={inputs}/hf", f"workdir={tmp_path}/out", f"data={inputs}/data", f"train={train}", *WORDS, *more)
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
+    slow = ("executor.code=installed", f"executor.environment.PYTHONPATH={tmp_path}/slow")
+    words = (
+        *slow,
+        f"model={inputs}/hf",
+        f"workdir={tmp_path}/out",
+        f"data={inputs}/data",
+        f"train={train}",
+        *WORDS,
+        *more,
+    )
     run = submit(home, *words)
     wait_until(lambda: len(steps_of(run, train)) >= 3, 240, run)
     return run
@@ -71,6 +93,6 @@ def test_adapters_asked_to_stop_go_on_where_they_were(home, inputs, tmp_path, cl
 
 
 def test_a_preempted_training_goes_on_where_it_was(home, inputs, tmp_path, cluster):
-    run = training(home, inputs, tmp_path, "sft")
+    run = training(home, inputs, tmp_path, "sft", "dataset.workers=0")
     cluster.run("sbatch", "--qos=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     went_on(run, "sft", tmp_path)

@@ -128,5 +128,14 @@ def test_vocabulary_is_padded_to_a_multiple_of_tp(vocab, tp, padded):
 def test_batches_that_a_component_cannot_share_are_named():
     layout = ParallelLayout(language=C(tp=2, dp=2), images=C(dp=4)).resolve()
     check_batch(layout, 16, 2)
-    with pytest.raises(UsageError, match=r"global_batch_size=12 .* layout\.images\.dp=4; set global_batch_size=16"):
-        check_batch(layout, 12, 2)
+    check_batch(layout, 12, 2)
+    for batch, micro, message in (
+        (10, 2, r"global_batch_size=10 .* micro_batch_size=2 .* layout\.language\.dp=2; set global_batch_size=8"),
+        (
+            8,
+            1,
+            r"micro_batch_size=1 times layout\.language\.dp=2 is 2 samples, .* layout\.images\.dp=4 .* set micro_batch_size=2",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_batch(layout, batch, micro)

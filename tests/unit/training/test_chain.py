@@ -163,6 +163,24 @@ def test_checkpoints_of_a_run_that_did_not_end_are_set_aside_and_said_so(chain):
     assert decided(chain.plan()) == "sss"
 
 
+def test_way_is_made_without_touching_what_is_not_a_checkpoint(tmp_path):
+    root = tmp_path / "mine"
+    for number in range(2):
+        begun(tmp_path / "x", {"lr": 1}, 5)
+        shutil.copytree(steps_of(tmp_path / "x"), root, dirs_exist_ok=True)
+        shutil.rmtree(steps_of(tmp_path / "x"))
+        (root / "notes.txt").write_text("mine")
+        said = saved.make_way(root, {"lr": 2}, None)
+        assert "lr was 1, now 2" in said and len(list(tmp_path.glob("mine.of-*"))) == number + 1, (
+            "nothing is written over"
+        )
+        assert [p.name for p in root.iterdir()] == ["notes.txt"]
+    assert saved.make_way(root, {"lr": 2}, None) == ""
+    begun(tmp_path / "x", {"lr": 1}, 5)
+    assert "they were removed" in saved.make_way(steps_of(tmp_path / "x"), {"lr": 2}, {"lr": 1})
+    assert saved.make_way(steps_of(tmp_path / "x"), {"lr": 2}, None) == ""
+
+
 def test_a_run_that_did_not_end_goes_on(chain):
     target = chain.base / "w" / chain.train
     shutil.rmtree(target)
