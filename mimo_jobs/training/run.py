@@ -352,12 +352,9 @@ def _peak(args: TrainArgs) -> float | None:
 def _metrics(args: TrainArgs, world: World, run: Run, steps: int, samples: int) -> metrics.Metrics | None:
     if world.rank != 0 or world.record is None:
         return None
-    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in ("identity", "layout")}
-    plain = json.loads(
-        json.dumps(
-            {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in settings.items()}, default=str
-        )
-    )  # type: ignore[arg-type]
+    whole: Any = args
+    settings = {n: v for n, v in dataclasses.asdict(whole).items() if n not in ("identity", "layout")}
+    plain = json.loads(json.dumps(settings, default=str))
     about = plain | {
         "layout": args.layout.as_layout(),
         "total_steps": steps,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mimo_jobs.conversion.tiny import Shape, make_tiny
-from mimo_jobs.training import checkpoints, loop
+from mimo_jobs.training import checkpoints, loop, run
 from mimo_jobs.training.data import loader
 from mimo_jobs.training.saved import completed, read
 from tests.gloo.images import write_data
@@ -170,8 +171,6 @@ def full_disk_run(model: Path, data: Path, base: Path, job: str, limit: int) -> 
         save = checkpoints.Checkpoints.save
 
         def limited(self: Any, saved: Any) -> None:
-            import resource
-
             if rank == 0 and saved.step == 4:
                 self.wait()
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -195,6 +194,27 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_earlier_one_to_go_on_from(
     assert step == 2 and read(directory).step == 2
     again = train(tmp_path / "again", FAN_IN, job=job, source=model, data=data, target=tmp_path / "out")
     assert again.summary["steps"] == 6 and again.history.resumed == [2]
+
+
+def test_a_full_disk_at_the_end_names_the_target_and_a_later_start_publishes(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    def before(_rank: int) -> None:
+        publish = run._publish
+
+        def limited(*args: Any) -> Any:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return publish(*args)
+
+        run._publish = limited
+
+    arguments: dict[str, Any] = dict(source=model, data=data, target=tmp_path / "sft", steps=2)
+    ended = train(tmp_path / "record", FAN_IN, before=before, **arguments)
+    assert ended.codes == [1, 1] and "make room and start again" in ended.error["message"], ended.said[-3000:]
+    assert str(tmp_path) in ended.error["message"] and not (tmp_path / "sft").exists()
+    again = train(tmp_path / "record", FAN_IN, **arguments)
+    assert again.summary["steps"] == 2 and (tmp_path / "sft" / "mimo.json").exists()
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
 def test_steps_of_another_run_are_refused_with_what_differs(model: Path, data: Path, tmp_path: Path) -> None:
