@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGUSR1, _interrupt)  # Slurm's word that the time limit is near
+        if os.environ.get("SLURM_NTASKS", "1") != "1":  # as torchrun does: ranks share the node's cores
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
         _end_with_torchrun()
         _end_with_owner()
         if len(arguments) != 1:

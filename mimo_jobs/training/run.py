@@ -361,6 +361,8 @@ def _metrics(args: TrainArgs, world: World, run: Run, steps: int, samples: int) 
         "samples_in_data": samples,
         "world_size": world.size,
     }
+    if torch.cuda.is_available():
+        about |= {"card": torch.cuda.get_device_name(), "gpus": world.size}
     return metrics.Metrics(world.record, args.logging, about, run.done)
 
 
