@@ -112,7 +112,9 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)  # one that was not whole
             os.rename(pending.staging, final)
             _flush(self.root, files=False)
-            for _, old in completed(self.root)[self._keep :]:
+            # A later one is no part of this run's history: it was not whole, and is written again.
+            kept = [found for found in completed(self.root) if found[0] <= pending.saved.step]
+            for _, old in kept[self._keep :]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
         return final

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mimo_jobs.errors import UsageError
@@ -31,6 +32,8 @@ def check_settings(arguments: Mapping[str, Any], layout: ResolvedLayout) -> None
     else:
         check_values(arguments["optimizer"])
     _above("epochs", arguments["epochs"], 0)
+    _least("seed", arguments["seed"], 0)
+    _check_places(arguments)
     _check_data(arguments["dataset"])
     _check_often(arguments["validation"], arguments["saving"], arguments["logging"])
     _check_stop(arguments["stop"])
@@ -50,6 +53,20 @@ def check_optimizer(settings: Optimizer, steps: int) -> None:
             f"optimizer.decay_steps={settings.decay_steps}: schedule=wsd needs between 1 and "
             f"{steps - settings.warmup_steps}, the steps after the warm-up"
         )
+
+
+def _check_places(arguments: Mapping[str, Any]) -> None:
+    """Checkpoints to go on from lie apart from what is read and what is published."""
+    given = arguments["saving"].directory
+    if not given:
+        return
+    steps = Path(given).expanduser().resolve()
+    for name in ("target", "source"):
+        other = Path(arguments[name]).expanduser().resolve()
+        if steps.is_relative_to(other) or other.is_relative_to(steps):
+            raise UsageError(
+                f"saving.directory={given} and {name}={arguments[name]} lie in one another; give another directory"
+            )
 
 
 def check_values(settings: Optimizer) -> None:

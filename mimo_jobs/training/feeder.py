@@ -35,6 +35,7 @@ _UNKNOWN = -(1 << 40)
 _TOKENS, _IMAGE_TOKENS, _LESS_IMAGE_TOKENS, _LOSS_TOKENS, _PATCH_PAIRS, _BAD = range(6)
 STEPS_AHEAD = 2
 CLOSE_SECONDS = 5.0
+ALL_BAD = 4  # samples from the beginning without a good one: the data set is not what it was taken for
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Feeder:
         self._built, self._source, self._rows, self._shares, self._settings = built, source, rows, shares, settings
         self._group: Any = dist.new_group(backend="gloo")
         self._first, self._stop = first, stop
+        self._seen = self._good = 0
         self._loader = Loader(source, encoder, self._wants, first, stop, settings.workers, settings.prefetch)
         self._ready: queue.Queue[Step | BaseException | None] = queue.Queue(STEPS_AHEAD)
         self._closing = threading.Event()
@@ -80,6 +82,8 @@ class Feeder:
         while self._thread.is_alive() and time.monotonic() < deadline:
             with_step = self._taken()
             self._thread.join(0.05 if with_step else 0.2)
+        if not self._thread.is_alive():
+            dist.destroy_process_group(self._group)  # each validation has its own
 
     def _taken(self) -> bool:
         try:
@@ -92,7 +96,7 @@ class Feeder:
         """Steps as they get ready.
 
         Raises:
-            UserError: a bad sample with ``dataset.on_bad=stop``, or a step in which every sample is bad.
+            UserError: a bad sample with ``dataset.on_bad=stop``, or no good one among the first.
         """
         while (found := self._ready.get()) is not None:
             if isinstance(found, BaseException):
@@ -153,8 +157,9 @@ class Feeder:
         told = [problems[p] for p in sorted(problems)]
         if told and self._settings.on_bad == "stop":
             raise UserError(f"bad sample in step {number + 1}: {told[0]}; set dataset.on_bad=skip to go on without it")
-        if ids and not any(good):
-            raise UserError(f"step {number + 1}: all of its {len(ids)} samples are bad, e.g. {told[0]}")
+        self._seen, self._good = self._seen + len(ids), self._good + sum(map(len, good))
+        if told and not self._good and self._seen >= min(ALL_BAD, len(self._source), self._rows.stop):
+            raise UserError(f"all of the first {self._seen} samples are bad, e.g. {told[0]}")
         return Step(number, table, self._microbatches(table, {one.row: one for one in loaded}), told)
 
     def _agreed(self, count: int, loaded: list[Loaded]) -> np.ndarray:

@@ -96,35 +96,47 @@ def train(run: Run, feeder: Feeder) -> None:
         KeyboardInterrupt: asked to stop, with a checkpoint written: the run goes on from there when started again.
     """
     control: Any = dist.new_group(backend="gloo")
-    watch = run.watch
     with stop_asked() as asked:
         steps, before = iter(feeder), time.perf_counter()
         while run.done < run.steps:
             started = time.perf_counter()
             step = next(steps)
             data_seconds = time.perf_counter() - started
-            run.updates.set_step(run.done)
-            if run.dropout_seed is not None:
-                seed_dropout(run.built, run.dropout_seed + run.done)
-            tokens = step.table.total(step.table.loss_tokens)
-            microbatches = [m.to(run.device) for m in step.microbatches]
-            with watch.span("model"):
-                loss = run_step(run.built, microbatches, tokens, watch)
-            value, stopping = _agreed(run, control, float(loss) / max(1, tokens), asked())
-            _check(run, step, value)
-            with watch.span("optimizer"):
-                _, norm = run.updates.apply()
-            _check_norm(run, step, norm)
-            now = time.perf_counter()
-            seconds, before = now - before, now
-            run.done += 1
-            run.losses = [*run.losses, value][-WINDOW:]
-            run.first_loss = value if run.first_loss is None else run.first_loss
-            _log(run, control, step, value, norm, seconds, _parts(run, watch, data_seconds))
-            _validate_and_save(run, control, stopping)
+            if not any(step.table.rows):  # all bad: known to every rank
+                _, stopping = _agreed(run, control, 0.0, asked())
+                _left_out(run, step)
+            else:
+                stopping = _one(run, control, step, data_seconds, before, asked)
+            _save_and_validate(run, control, stopping)
             if stopping and run.done < run.steps:
                 run.checkpoints.wait()
                 raise KeyboardInterrupt
+            run.watch.read()  # what validation took is not the next step's
+            before = time.perf_counter()
+
+
+def _one(run: Run, control: Any, step: Step, data_seconds: float, before: float, asked: Callable[[], bool]) -> bool:
+    """One optimizer step; whether any rank was asked to stop."""
+    watch = run.watch
+    run.updates.set_step(run.done)
+    if run.dropout_seed is not None:
+        seed_dropout(run.built, run.dropout_seed + run.done)
+    tokens = step.table.total(step.table.loss_tokens)
+    microbatches = [m.to(run.device) for m in step.microbatches]
+    with watch.span("model"):
+        loss = run_step(run.built, microbatches, tokens, watch)
+    value, stopping = _agreed(run, control, float(loss) / max(1, tokens), asked())
+    _check(run, step, value)
+    with watch.span("optimizer"):
+        _, norm = run.updates.apply()
+    _check_norm(run, step, norm)
+    now = time.perf_counter()
+    seconds = now - before
+    run.done += 1
+    run.losses = [*run.losses, value][-WINDOW:]
+    run.first_loss = value if run.first_loss is None else run.first_loss
+    _log(run, control, step, value, norm, seconds, _parts(run, watch, data_seconds))
+    return stopping
 
 
 def _agreed(run: Run, control: dist.ProcessGroup, loss: float, asked: bool) -> tuple[float, bool]:
@@ -211,9 +223,7 @@ def _log(
         values["mfu"] = run.flops(step) / (seconds * run.world.size * run.peak_tflops * 1e12)
     if torch.cuda.is_available():
         values["memory_bytes"] = torch.cuda.max_memory_allocated()
-    for problem in step.problems:
-        print(f"bad sample, left out: {problem}", flush=True)
-        run.metrics.event(run.done, problem, "bad sample")
+    _tell_problems(run, step)
     run.metrics.log(run.done, values)
     run.told = values
     run.world.progress("train", run.done, run.steps, "steps", note=note(run.told))
@@ -235,17 +245,25 @@ def note(values: Mapping[str, float]) -> str:
     return " · ".join(words)
 
 
-def _validate_and_save(run: Run, control: dist.ProcessGroup, stopping: bool) -> None:
+def _left_out(run: Run, step: Step) -> None:
+    """A step whose samples are all bad changes nothing but the count."""
+    run.done += 1
+    run.skipped += len(step.problems)
+    if run.metrics is not None:
+        _tell_problems(run, step)
+        run.metrics.event(run.done, f"step {run.done} was left out: all of its samples are bad", "warning")
+    run.world.progress("train", run.done, run.steps, "steps")
+
+
+def _tell_problems(run: Run, step: Step) -> None:
+    assert run.metrics is not None
+    for problem in step.problems:
+        print(f"bad sample, left out: {problem}", flush=True)
+        run.metrics.event(run.done, problem, "bad sample")
+
+
+def _save_and_validate(run: Run, control: dist.ProcessGroup, stopping: bool) -> None:
     last = run.done == run.steps
-    if (
-        run.validate is not None
-        and (last or (run.validate_every and run.done % run.validate_every == 0))
-        and not stopping
-    ):
-        loss, tokens = run.validate()
-        run.told["validation_loss"] = loss
-        if run.metrics is not None:
-            run.metrics.validation(run.done, loss, tokens)
     if run.checkpoints.pending:
         busy = torch.tensor(float(run.checkpoints.writing))
         dist.all_reduce(busy, group=control)
@@ -254,6 +272,12 @@ def _validate_and_save(run: Run, control: dist.ProcessGroup, stopping: bool) -> 
     if stopping or last or (run.save_every and run.done % run.save_every == 0):
         _publish(run)
         run.checkpoints.save(Saved(run.done, run.identity, skipped=run.skipped, losses=run.losses))
+    due = last or (run.validate_every and run.done % run.validate_every == 0)
+    if run.validate is not None and due and not stopping:  # while the checkpoint is written
+        loss, tokens = run.validate()
+        run.told["validation_loss"] = loss
+        if run.metrics is not None:
+            run.metrics.validation(run.done, loss, tokens)
     if stopping or last:
         _publish(run)
 

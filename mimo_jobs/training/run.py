@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.checkpoint.manifest import HF_DIR, MANIFEST_NAME, read_config, read_manifest, write_manifest
-from mimo_jobs.checkpoint.model_io import load_model, save_model
+from mimo_jobs.checkpoint.model_io import MODEL_PREFIXES, load_model, save_model
 from mimo_jobs.checkpoint.peft_dir import base_digest, read_peft
 from mimo_jobs.conversion import identity, publish
 from mimo_jobs.conversion.adapters import fill_adapters, write_peft
@@ -36,7 +36,7 @@ from mimo_jobs.training.loop import Run, train
 from mimo_jobs.training.optimizer import make_optimizer
 from mimo_jobs.training.process import distributed
 from mimo_jobs.training.rows import Rows, steps_and_stop
-from mimo_jobs.training.saved import CARRIED, make_way, newest, steps_directory
+from mimo_jobs.training.saved import CARRIED, Saved, make_way, newest, read, steps_directory
 from mimo_jobs.training.step import component_module, run_step, watch_images, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
 
@@ -132,7 +132,7 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     checkpoints = Checkpoints(
         built, updates, args.checkpoints, args.saving.keep, args.saving.background, adapters=args.lora is not None, finish=finish
     )  # fmt: skip
-    found = newest(args.checkpoints, args.identity, lambda text: _say(world, f"warning: {text}"))
+    found = _going_on(args, world)
     run = Run(
         world, built, updates, checkpoints, device, steps, args.identity, args.stop, args.saving.every, args.validation.every,
         None, None, _flops(args, built), _peak(args), dropout_seed=args.seed if args.lora and args.lora.dropout else None, skipped=len(left_out),
@@ -163,6 +163,17 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
             "tokens_per_second_per_gpu": run.tokens / run.seconds / world.size if run.seconds else None,
         }  # fmt: skip
     return world.broadcast("trained", summary if peaks is not None else None)
+
+
+def _going_on(args: TrainArgs, world: World) -> tuple[Path, Saved] | None:
+    """The checkpoint to go on from, as rank 0 sees the disk: others may have an old view of it."""
+    found = None
+    if world.rank == 0:
+        found = newest(args.checkpoints, args.identity, lambda text: _say(world, f"warning: {text}"))
+    name = world.broadcast("going on from", found[0].name if found else None)
+    if name is None or found is not None:
+        return found
+    return args.checkpoints / name, read(args.checkpoints / name)
 
 
 class _Nothing:
@@ -288,7 +299,8 @@ def _build(args: TrainArgs) -> BuiltModel:
 def _float32_parameters(args: TrainArgs) -> list[str]:
     """Endings of the parameters that the source keeps in fp32 beside others in 16 bits (``self_attention.A_log``)."""
     if is_mimo(args.source):
-        dtypes = {key: tensor.dtype for key, tensor in torch_dist.read_metadata(args.source).items()}
+        stored = torch_dist.read_metadata(args.source)  # of a step's checkpoint, with the optimizer's state
+        dtypes = {key: tensor.dtype for key, tensor in stored.items() if key.startswith(MODEL_PREFIXES)}
     else:
         made = plan_import(ImportArgs(args.source, args.target, args.layout))
         dtypes = {key: tensor.dtype for key, tensor in made.tensors.items()}

@@ -359,7 +359,7 @@ def test_a_data_worker_that_is_killed_ends_the_run(model: Path, data: Path, tmp_
         ended = job.end(60)
         assert time.monotonic() - begun < 40
         failed(ended, 1, "a process that reads data ended")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while (left := children(job)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == [], [

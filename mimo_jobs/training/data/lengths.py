@@ -82,7 +82,8 @@ def measure(
     results = in_order(_Measure(source, encoder), (i for a, b in missing for i in range(a, b)), workers, 64)
     for a, b in missing:
         known[a] = _collect(results, a, b)
-        if a % BLOCK == 0 and b == min(a + BLOCK, len(source)):
+        whole = a % BLOCK == 0 and b == min(a + BLOCK, len(source))
+        if whole and not known[a].reasons:  # what is bad may be put right  # pyright: ignore[reportOptionalMemberAccess]
             _write(directory, known[a])
     return Lengths.join([Lengths(start, np.empty(0, np.int64)), *(part for part in known.values() if part is not None)])
 
