@@ -33,10 +33,9 @@ from mimo_jobs.checkpoint.manifest import write_json
 from mimo_jobs.checkpoint.model_io import adapter_state, load_adapters, load_model, sharded_state
 from mimo_jobs.errors import UserError
 from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.training.moments import SHARDING, load_own_state, share_out
 from mimo_jobs.training.optimizer import Updates
 from mimo_jobs.training.saved import RECORD, Saved, checkpoint_directory, completed
-
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Checkpoints:
@@ -54,6 +53,9 @@ class Checkpoints:
         self._built, self._updates, self.root, self._keep = built, updates, root, keep
         self._background, self._adapters, self._finish = background, adapters, finish
         self._pending: _Writing | None = None
+        self._optimizers = _distributed_optimizers(updates)
+        for optimizer in self._optimizers.values():
+            share_out(optimizer)
         # The writer hands its results over in a queue, which megatron-core takes from a process of its own (3 s to start, an
         # orphan after a kill); here the writer is a thread.
         filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -125,16 +127,15 @@ class Checkpoints:
             load_adapters(self._built, directory)
         else:
             load_model(self._built, directory)
-        optimizers = _distributed_optimizers(self._updates)
-        for optimizer in optimizers.values():
+        for optimizer in self._optimizers.values():
             _fill_empty_state(optimizer.optimizer)
         wanted = {"optimizer": self._optimizer_state(self._model_state(), is_loading=True)}
         loaded: Any = dist_checkpointing.load(wanted, str(directory))
         state = loaded["optimizer"]
-        moments = {name: state[name].pop("param_state") for name in optimizers}
+        own = {name: state[name].pop("param_state") for name in self._optimizers}
         self._updates.optimizer.load_state_dict(state)
-        for name, optimizer in optimizers.items():
-            _load_moments(optimizer, moments[name])
+        for name, optimizer in self._optimizers.items():
+            load_own_state(optimizer, self._model_state(), own[name])
         dist.barrier()
 
     def _state(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class Checkpoints:
         return adapter_state(self._built) if self._adapters else sharded_state(self._built)
 
     def _optimizer_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        return self._updates.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_SHARDING))
+        return self._updates.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(SHARDING))
 
 
 _write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
@@ -238,20 +239,6 @@ def _distributed_optimizers(updates: Updates) -> dict[str, DistributedOptimizer]
         if info.is_active and info.optimizer is not None:
             (found[name],) = getattr(info.optimizer, "chained_optimizers", [info.optimizer])
     return found
-
-
-def _load_moments(optimizer: DistributedOptimizer, moments: Any) -> None:
-    """Master weights and moments of each parameter.
-
-    megatron-core's loader (0.19.2) looks for a saved tensor for every tensor of torch's state, of which ``step`` is one that it
-    does not save; and it gives all parameters the same ``step`` tensor, which each of them would then count up.
-    """
-    states = optimizer.optimizer.state.values()
-    for state in states:
-        state["step"] = float(state["step"])
-    optimizer.load_parameter_state_from_fully_reshardable(moments)
-    for state in states:
-        state["step"] = torch.tensor(state["step"], dtype=torch.float32)
 
 
 def _fill_empty_state(optimizer: torch.optim.Optimizer) -> None:

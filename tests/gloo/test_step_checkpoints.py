@@ -1,5 +1,6 @@
 """The checkpoints on the way: an export reads one as it reads an imported one, and mixed dtypes go on bit for bit."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ SETTINGS: dict[str, Any] = {  # weights in bf16 with A_log and norms in fp32 bes
 }  # fmt: skip
 
 
-def train(base: Path) -> None:
-    (rank,) = start_worker(
-        base / "record", "sft", ONE, source=base / "hf", data=base / "data", target=base / "sft", **SETTINGS
+def train(base: Path, layout: dict[str, Any] = ONE, **changes: Any) -> None:
+    settings = SETTINGS | changes
+    ranks = start_worker(
+        base / "record", "sft", layout, source=base / "hf", data=base / "data", target=base / "sft", **settings
     )
-    said = rank.communicate(timeout=200)[1]
-    assert rank.returncode == 0, said[-2000:]
+    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert {rank.returncode for rank in ranks} == {0}, said[0][-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,16 @@ def test_a_run_of_mixed_dtypes_goes_on_bit_for_bit(trained, tmp_path):
     train(tmp_path)
     log = read_manifest(tmp_path / "sft")
     assert log.digests == read_manifest(trained / "sft").digests
+
+
+def test_every_rank_writes_the_optimizer_state_that_it_owns(tmp_path):
+    """Two data parallel ranks: half of the moments each, and megatron-core's names, so that one rank goes on from it."""
+    make_tiny(str(tmp_path / "hf"))
+    make_data(str(tmp_path / "data"), samples=16)
+    train(tmp_path, {"language": {"dp": 2}, "images": {"dp": 2}, "world_size": 2}, micro_batch_size=2)
+    stored = read_metadata(checkpoint_directory(Path(f"{tmp_path}/sft.steps"), 4))
+    moments, written = [t for key, t in stored.items() if ".optimizer.state.exp_avg." in key], [0, 0]
+    for chunk in (c for tensor in moments for c in tensor.chunks):
+        written[int(chunk.file[2])] += math.prod(chunk.sizes)  # __RANK_N.distcp
+    assert sum(written) == sum(math.prod(t.shape) for t in moments) > 0
+    assert abs(written[0] - written[1]) < 0.02 * sum(written)

@@ -26,26 +26,38 @@ pytestmark = pytest.mark.gloo
 ONE = ParallelLayout(Layout(), Layout(), 1)
 FAN_IN = ParallelLayout(Layout(tp=2), Layout(dp=2), 2)
 DISJOINT = ParallelLayout(Layout(pp=2), Layout(dp=1, rank_offset=2), 3)
+PADDED = ParallelLayout(Layout(tp=2, dp=2), Layout(dp=2), 4)
+THREE = ParallelLayout(Layout(tp=2), Layout(dp=1, rank_offset=2), 3)
 DATA_PARALLEL = ParallelLayout(Layout(dp=2), Layout(dp=2), 2)
 SETTINGS = Optimizer(lr=1e-3, warmup_steps=2, weight_decay=0.1, schedule="cosine")
 STEPS, STOP, BATCH = 6, 3, 4
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "dtype", "tied"),
+    ("before", "after", "dtype", "changes"),
     [
-        (FAN_IN, FAN_IN, torch.float32, False),
-        (DISJOINT, DISJOINT, torch.float32, True),
-        (DATA_PARALLEL, DATA_PARALLEL, torch.bfloat16, False),
-        (FAN_IN, DISJOINT, torch.float32, True),
-        (DISJOINT, DATA_PARALLEL, torch.float32, False),
+        (FAN_IN, FAN_IN, torch.float32, {}),
+        (DISJOINT, DISJOINT, torch.float32, {"tied": True}),
+        (DATA_PARALLEL, DATA_PARALLEL, torch.bfloat16, {}),
+        (FAN_IN, DISJOINT, torch.float32, {"tied": True}),
+        (DISJOINT, DATA_PARALLEL, torch.float32, {}),
+        (PADDED, THREE, torch.float32, {"vocab_size": 321}),
+        (DATA_PARALLEL, PADDED, torch.float32, {"vocab_size": 321, "tied": True}),
     ],
-    ids=["colocated fan-in", "disjoint pp2, tied", "bf16 dp2", "colocated tp2 to pp2, tied", "pp2 to dp2"],
+    ids=[
+        "colocated fan-in",
+        "disjoint pp2, tied",
+        "bf16 dp2",
+        "colocated tp2 to pp2, tied",
+        "pp2 to dp2",
+        "padded vocabulary, tp2 dp2 to tp2",
+        "padded vocabulary, dp2 to tp2 dp2, tied",
+    ],
 )
 def test_resume_equals_the_uninterrupted_run(
-    tmp_path: Path, before: ParallelLayout, after: ParallelLayout, dtype: torch.dtype, tied: bool
+    tmp_path: Path, before: ParallelLayout, after: ParallelLayout, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    config, model = tiny(tied=tied)
+    config, model = tiny(**changes)
     samples = samples_of_a_run(config, BATCH * STEPS)
     arguments = (config, model.state_dict(), samples, dtype, tmp_path)
     whole = run_ranks(before.resolve().world_size, _train, before, *arguments, 0, STEPS, STOP)
