@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mimo_jobs.layout import ParallelLayout
-from mimo_jobs.training.config import DataRef, Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
+from mimo_jobs.training.config import DataRef, Dataset, Dir, Logging, Lora, Optimizer, Saving, Stop, Validation
 
 if TYPE_CHECKING:
     from mimo_jobs.parallel.world import World
 
-Dir = Annotated[str, "directory"]
 File = Annotated[str, "file"]
 ModelRef = Annotated[str, "directory or hub id"]
 Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
@@ -139,8 +138,7 @@ def sft(
     Raises:
         UserError: bad input; JobFailed: the loss went wrong. Checkpoints stay.
     """
-    given = {n: v for n, v in locals().items() if n != "world"}
-    return _train("sft", given, None, world)
+    return _train("sft", **locals())
 
 
 def lora(
@@ -187,26 +185,21 @@ def lora(
     Raises:
         UserError: bad input; JobFailed: the loss went wrong. Checkpoints stay.
     """
-    given = {n: v for n, v in locals().items() if n != "world"}
-    return _train("lora", given, lora, world)
+    return _train("lora", **locals())
 
 
-def _train(job: str, given: dict[str, Any], adapters: "Lora | None", world: "World | None") -> dict[str, Any]:
+def _train(job: str, world: "World | None", **given: Any) -> dict[str, Any]:
+    """What `sft` and `lora` do with their arguments."""
     from mimo_jobs.conversion import identity
-    from mimo_jobs.training.run import TrainArgs, run_training
+    from mimo_jobs.training.args import TrainArgs
+    from mimo_jobs.training.run import run_training
 
     made_of = identity.expected(job, given, {})
     assert made_of is not None
-    settings = dict(
-        given,
-        source=Path(given["source"]),
-        target=Path(given["target"]),
-        layout=given["layout"].resolve(),
-        lora=adapters,
-    )
-    settings.setdefault("freeze", "none")
+    places = {"source": Path(given["source"]), "target": Path(given["target"]), "layout": given["layout"].resolve()}
+    args = TrainArgs(**({"freeze": "none", "lora": None} | given | places), identity=made_of)
     with _joined(world) as joined:
-        return run_training(TrainArgs(**settings, identity=made_of), joined)
+        return run_training(args, joined)
 
 
 def make_tiny(*, target: Dir, seed: int = 0, overwrite: bool = False, world: "World | None" = None) -> dict[str, Any]:

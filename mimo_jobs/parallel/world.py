@@ -304,6 +304,11 @@ class World:
             self._phase, self._total, self._unit, self._note, self._done = phase, total, unit, note, {self.rank: done}
         self._write_progress()
 
+    def say(self, text: str, kind: str = "") -> None:
+        """Print a line on rank 0; ``kind``: what kind of line, such as ``warning``."""
+        if self.rank == 0:
+            print(f"{kind}: {text}" if kind else text, flush=True)
+
     def _report(self, done: int) -> None:
         if self.rank != 0:
             self._send(0, {"kind": "moved", "done": done})

@@ -33,16 +33,27 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PARTS = (IMAGES, LANGUAGE, "waiting", "data", "optimizer")
 
 
+@dataclass(frozen=True)
+class Validated:
+    """Mean loss per token of ``tokens``; ``problems``: id and reason of every sample that was left out."""
+
+    loss: float
+    tokens: int
+    problems: list[str]
+
+
 @dataclass
 class Run:
     """What the loop works with on this rank.
 
     Attributes:
         metrics: on rank 0 only.
-        validate: mean loss and tokens on the validation data; None without any.
+        validate: mean loss and tokens on the validation data, and what was left out of it; it asks before each step whether to
+            stop, and says None then. None without validation data.
         flops: model FLOPs of a step from its table.
         save_every, validate_every: steps.
         dropout_seed: of adapters with dropout, which is drawn anew each step, so that a resumed run draws the same; else None.
+        data: what the data set is (`data.Source.sketch`).
         done: optimizer steps done; ``losses``: of the last of them; ``skipped``: bad samples so far.
     """
 
@@ -57,10 +68,11 @@ class Run:
     save_every: int
     validate_every: int
     metrics: Metrics | None
-    validate: Callable[[], tuple[float, int]] | None
+    validate: Callable[[Callable[[], bool]], Validated | None] | None
     flops: Callable[[Step], float]
     peak_tflops: float | None
     dropout_seed: int | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
     done: int = 0
     skipped: int = 0
     losses: list[float] = field(default_factory=list)
@@ -107,7 +119,7 @@ def train(run: Run, feeder: Feeder) -> None:
                 _left_out(run, step)
             else:
                 stopping = _one(run, control, step, data_seconds, before, asked)
-            _save_and_validate(run, control, stopping)
+            stopping = _save_and_validate(run, control, stopping, asked)
             if stopping and run.done < run.steps:
                 run.checkpoints.wait()
                 raise KeyboardInterrupt
@@ -165,7 +177,7 @@ def _check(run: Run, step: Step, loss: float) -> None:
 
 def _check_norm(run: Run, step: Step, norm: float) -> None:
     if not math.isfinite(norm):
-        raise _stopped(run, step, run.done + 1, f"the gradient's norm is {norm}")
+        raise _stopped(run, step, run.done + 1, "the gradient's norm is not finite")
 
 
 def _stopped(run: Run, step: Step, number: int, why: str) -> JobFailed:
@@ -262,24 +274,49 @@ def _tell_problems(run: Run, step: Step) -> None:
         run.metrics.event(run.done, problem, "bad sample")
 
 
-def _save_and_validate(run: Run, control: dist.ProcessGroup, stopping: bool) -> None:
+def _save_and_validate(run: Run, control: Any, stopping: bool, asked: Callable[[], bool]) -> bool:
+    """What is due after a step; whether any rank was asked to stop by now."""
     last = run.done == run.steps
     if run.checkpoints.pending:
         busy = torch.tensor(float(run.checkpoints.writing))
         dist.all_reduce(busy, group=control)
         if not busy.item():
             _publish(run)
-    if stopping or last or (run.save_every and run.done % run.save_every == 0):
-        _publish(run)
-        run.checkpoints.save(Saved(run.done, run.identity, skipped=run.skipped, losses=run.losses))
+    saved = stopping or last or bool(run.save_every and run.done % run.save_every == 0)
+    if saved:
+        _save(run)
     due = last or (run.validate_every and run.done % run.validate_every == 0)
     if run.validate is not None and due and not stopping:  # while the checkpoint is written
-        loss, tokens = run.validate()
-        run.told["validation_loss"] = loss
-        if run.metrics is not None:
-            run.metrics.validation(run.done, loss, tokens)
+        validated = run.validate(lambda: _agreed(run, control, 0.0, asked())[1])
+        if validated is None:
+            stopping = True
+            if not saved:
+                _save(run)
+        else:
+            _tell_validation(run, validated)
     if stopping or last:
         _publish(run)
+    return stopping
+
+
+def _save(run: Run) -> None:
+    _publish(run)
+    run.checkpoints.save(
+        Saved(
+            run.done, run.identity, skipped=run.skipped, losses=run.losses, first_loss=run.first_loss, tokens=run.tokens,
+            seconds=run.seconds, data=run.data,
+        )
+    )  # fmt: skip
+
+
+def _tell_validation(run: Run, validated: Validated) -> None:
+    run.told["validation_loss"] = validated.loss
+    if run.metrics is None:
+        return
+    for problem in validated.problems:
+        print(f"bad validation sample, left out: {problem}", flush=True)
+        run.metrics.event(run.done, f"validation: {problem}", "bad sample")
+    run.metrics.validation(run.done, validated.loss, validated.tokens)
 
 
 def _publish(run: Run) -> None:

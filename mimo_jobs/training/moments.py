@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -89,9 +89,9 @@ def _pieces(described: ShardedTensor | ShardedTensorFactory, parameter: Tensor) 
 def _blocks_of(piece: ShardedTensor, values: Tensor, start: int, stop: int, key: str) -> Iterator[ShardedTensor]:
     """Blocks of a piece that elements ``[start, stop)`` of its parameter hold; ``values`` are these."""
     assert piece.data is not None and piece.data.is_contiguous(), piece.key
-    first = piece.data.storage_offset()
+    first, stored = int(piece.data.storage_offset()), int(piece.data.numel())
     at = max(start, first)
-    for offset, size in blocks(tuple(piece.local_shape), at - first, min(stop, first + piece.data.numel()) - first):
+    for offset, size in blocks(piece.local_shape, at - first, min(stop, first + stored) - first):
         here, at = at - start, at + math.prod(size)
         whole = (1,) * piece.prepend_axis_num + size
         offsets = (0,) * piece.prepend_axis_num + offset
@@ -104,7 +104,7 @@ def _blocks_of(piece: ShardedTensor, values: Tensor, start: int, stop: int, key:
             global_offset=tuple(a + b for a, b in zip(piece.global_offset, offsets, strict=True)),
             axis_fragmentations=None,  # blocks of different sizes
             prepend_axis_num=0,
-            replica_id=(*piece.replica_id[:2], 0),  # type: ignore[misc]  # data parallel ranks own different elements
+            replica_id=(*cast(tuple[int, ...], piece.replica_id)[:2], 0),  # data parallel ranks own different elements
         )
 
 

@@ -1,7 +1,9 @@
 """megatron-core's ``MimoOptimizer`` over the components that train, and the learning rate of each."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ class Updates:
             scheduler.step(done)
 
     def apply(self) -> tuple[bool, float]:
-        """Clip and step; whether parameters changed, and the norm of all gradients before clipping."""
+        """Clip and step; whether parameters changed, and the norm of all gradients before clipping: infinite if one is not finite."""
         changed, norm, _ = self.optimizer.step()
         return changed, float("nan") if norm is None else norm
 
@@ -63,6 +65,7 @@ def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Update
             config = _config(built, settings, highest)
             optimizer = get_megatron_optimizer(config, [module], pg_collection=groups, use_gloo_process_groups=False)
             _number_parameters(optimizer)
+            optimizer.get_grad_norm = partial(_norm, optimizer.get_grad_norm)
             schedulers[name] = _scheduler(optimizer, settings, highest, steps)
         infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, is_active=name in built.groups)
     if not trained:  # get_megatron_optimizer gathers the kinds of dense, then of expert parameters over the whole world
@@ -84,6 +87,12 @@ def _number_parameters(optimizer: MegatronOptimizer) -> None:
         for group, parts in enumerate(zip(one.model_fp32_groups, one.model_float16_groups, strict=True)):
             for place, parameter in enumerate(p for part in parts for p in part):
                 one.model_param_group_index_map[parameter] = (group, place)
+
+
+def _norm(norm: Callable[[], float | None]) -> float:
+    """The norm of a component's gradients, infinite for NaN: `MimoOptimizer` shares norms by a MAX over ranks, which may drop a NaN."""
+    value = norm() or 0.0
+    return math.inf if math.isnan(value) else value
 
 
 def _config(built: BuiltModel, settings: Optimizer, highest: float) -> OptimizerConfig:

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,24 @@ from mimo_jobs.conversion.carried import Carried, carry, exported_digests
 from mimo_jobs.conversion.fill import fill_model
 from mimo_jobs.conversion.importer import ImportArgs, plan_import
 from mimo_jobs.errors import UserError
-from mimo_jobs.layout import IMAGES, LANGUAGE, ResolvedLayout
+from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import BuiltModel, build
 from mimo_jobs.modeling.lora import add_adapters
 from mimo_jobs.parallel.world import World
 from mimo_jobs.training import flops, metrics
-from mimo_jobs.training.batches import Shares
+from mimo_jobs.training.args import TrainArgs
 from mimo_jobs.training.checkpoints import Checkpoints, errors_named
 from mimo_jobs.training.checks import check_optimizer, check_settings
-from mimo_jobs.training.config import Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
-from mimo_jobs.training.data import Encoder, Lengths, Order, Source, measure, open_source, pack, share
+from mimo_jobs.training.config import Lora
+from mimo_jobs.training.data import Encoder, Source
 from mimo_jobs.training.feeder import Feeder, Step
-from mimo_jobs.training.loop import Run, train
+from mimo_jobs.training.inputs import in_words, open_data, rows_of, same_data
+from mimo_jobs.training.loop import Run, Validated, train
 from mimo_jobs.training.optimizer import make_optimizer
+from mimo_jobs.training.owner import owned
 from mimo_jobs.training.process import distributed
-from mimo_jobs.training.rows import Rows, steps_and_stop
-from mimo_jobs.training.saved import CARRIED, Saved, make_way, newest, read, steps_directory
+from mimo_jobs.training.rows import Rows
+from mimo_jobs.training.saved import CARRIED, Saved, clear_partial, make_way, newest, read
 from mimo_jobs.training.step import component_module, run_step, watch_images, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
 
@@ -47,47 +49,6 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainArgs:
-    """See `jobs.sft` and `jobs.lora`; ``lora`` is None for the former."""
-
-    source: Path
-    data: str
-    target: Path
-    layout: ResolvedLayout
-    steps: int | None
-    epochs: float
-    global_batch_size: int
-    micro_batch_size: int
-    seed: int
-    precision: str
-    freeze: str
-    sequence_parallel: bool
-    recompute: str
-    optimizer: Optimizer
-    dataset: Dataset
-    validation: Validation
-    saving: Saving
-    logging: Logging
-    stop: Stop
-    lora: Lora | None
-    overwrite: bool
-    identity: Mapping[str, Any]
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints to go on from are."""
-        return steps_directory(self.target, self.saving.directory)
-
-    @property
-    def shares(self) -> Shares:
-        """Who works on which rows."""
-        language, images = (self.layout.components[n].dp for n in (LANGUAGE, IMAGES))
-        return Shares(
-            language, images, self.micro_batch_size, self.global_batch_size // (self.micro_batch_size * language)
-        )
-
-
 def run_training(args: TrainArgs, world: World) -> dict[str, Any]:
     """Train, and publish what was trained. Returns the summary (the same on every rank).
 
@@ -96,14 +57,16 @@ def run_training(args: TrainArgs, world: World) -> dict[str, Any]:
     """
     check_settings(vars(args), args.layout)
     metrics.check(args.logging)
-    if world.rank == 0:
-        publish.check_target(args.target, args.overwrite, args.source)
-        args.checkpoints.parent.mkdir(parents=True, exist_ok=True)
-        if args.overwrite and (told := make_way(args.checkpoints, args.identity, _made_of(args))):
-            _say(world, f"warning: {told}")
-    world.barrier("checked")
-    with distributed(world) as device:
-        return _run(args, world, device)
+    with contextlib.ExitStack() as until_the_end:
+        if world.rank == 0:
+            publish.check_target(args.target, args.overwrite, args.source)
+            until_the_end.enter_context(owned(args.checkpoints, world.run_id, partial(world.say, kind="warning")))
+            publish.check_target(args.target, args.overwrite, args.source)  # whoever was waited for may have made it
+            if args.overwrite and (told := make_way(args.checkpoints, args.identity, _made_of(args))):
+                world.say(told, kind="warning")
+        world.barrier("checked")
+        with distributed(world) as device:
+            return _run(args, world, device)
 
 
 def _made_of(args: TrainArgs) -> Mapping[str, Any] | None:
@@ -114,9 +77,11 @@ def _made_of(args: TrainArgs) -> Mapping[str, Any] | None:
 
 
 def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
-    source, validation = _open(args, world)
+    source, validation = open_data(args, world)
+    data = same_data(args, source, world)
+    found = _going_on(args, data, world)
     encoder = Encoder(str(_processor(args.source)), args.dataset)
-    rows, steps, left_out = _rows(args, source, encoder, world)
+    rows, steps, left_out = rows_of(args, source, encoder, world)
     check_optimizer(args.optimizer, steps)
     built = _build(args)
     with world.timed("load"):
@@ -132,18 +97,20 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     checkpoints = Checkpoints(
         built, updates, args.checkpoints, args.saving.keep, args.saving.background, adapters=args.lora is not None, finish=finish
     )  # fmt: skip
-    found = _going_on(args, world)
     run = Run(
         world, built, updates, checkpoints, device, steps, args.identity, args.stop, args.saving.every, args.validation.every,
-        None, None, _flops(args, built), _peak(args), dropout_seed=args.seed if args.lora and args.lora.dropout else None, skipped=len(left_out),
+        None, None, _flops(args, built), _peak(args), dropout_seed=args.seed if args.lora and args.lora.dropout else None, data=data,
+        skipped=len(left_out),
     )  # fmt: skip
     if found is not None:
         with world.timed("resume"):
             checkpoints.load(found[0])
-        run.done, run.skipped, run.losses = found[1].step, found[1].skipped, list(found[1].losses)
-        _say(world, f"going on from {found[0]}, after step {run.done} of {steps}")
+        before = found[1]
+        run.done, run.skipped, run.losses = before.step, before.skipped, list(before.losses)
+        run.first_loss, run.tokens, run.seconds = before.first_loss, before.tokens, before.seconds
+        world.say(f"going on from {found[0]}, after step {run.done} of {steps}")
     if validation is not None:
-        run.validate = lambda: _validate(args, built, validation, encoder, device)
+        run.validate = partial(_validate, args, built, validation, encoder, device)
     log = _metrics(args, world, run, steps, len(source))
     with log if log is not None else _Nothing():
         run.metrics = log
@@ -165,15 +132,25 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     return world.broadcast("trained", summary if peaks is not None else None)
 
 
-def _going_on(args: TrainArgs, world: World) -> tuple[Path, Saved] | None:
-    """The checkpoint to go on from, as rank 0 sees the disk: others may have an old view of it."""
+def _going_on(args: TrainArgs, data: Mapping[str, Any], world: World) -> tuple[Path, Saved] | None:
+    """The checkpoint to go on from, as rank 0 sees the disk: others may have an old view of it.
+
+    Raises:
+        UserError: it is of another run, or the data set is another one now.
+    """
     found = None
     if world.rank == 0:
-        found = newest(args.checkpoints, args.identity, lambda text: _say(world, f"warning: {text}"))
+        clear_partial(args.checkpoints, partial(world.say, kind="warning"))
+        found = newest(args.checkpoints, args.identity, partial(world.say, kind="warning"))
     name = world.broadcast("going on from", found[0].name if found else None)
-    if name is None or found is not None:
-        return found
-    return args.checkpoints / name, read(args.checkpoints / name)
+    if name is not None and found is None:
+        found = args.checkpoints / name, read(args.checkpoints / name)
+    if found is not None and found[1].data and found[1].data != data:
+        raise UserError(
+            f"data={args.data}: it has changed since {found[0]} was saved ({in_words(found[1].data, data)}): samples would be "
+            "repeated or missed; give the data set as it was, or another target"
+        )
+    return found
 
 
 class _Nothing:
@@ -181,86 +158,33 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
-def _say(world: World, text: str) -> None:
-    if world.rank == 0:
-        print(text, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-def _open(args: TrainArgs, world: World) -> tuple[Source, Source | None]:
-    """Rank 0 first: it prepares what the datasets library caches."""
-
-    def opened() -> tuple[Source, Source | None]:
-        train = open_source(args.data, args.dataset)
-        chosen = args.validation
-        return train, open_source(chosen.data, args.dataset, chosen.split) if chosen.data else None
-
-    found = opened() if world.rank == 0 else None
-    world.barrier("data set")
-    return found or opened()
-
-
-def _rows(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> tuple[Rows, int, list[str]]:
-    """Samples of every row, the number of steps, and id and reason of the samples that are in no row."""
-    order = Order(len(source), args.seed, args.dataset.shuffle)
-    if args.dataset.packing:
-        lengths, bad = _lengths(args, source, encoder, world)
-        packs: dict[int, Sequence[Sequence[int]]] = {}
-
-        def epoch_rows(epoch: int) -> Sequence[Sequence[int]]:
-            if epoch not in packs:
-                packs[epoch] = pack(lengths, order.epoch(epoch), args.dataset.max_length)
-            return packs[epoch]
-
-        first = len(epoch_rows(0))
-        steps, stop = steps_and_stop(
-            first, args.global_batch_size, args.steps, args.epochs, lambda e: len(epoch_rows(e))
-        )
-        return Rows(epoch_rows, args.global_batch_size, stop), steps, bad
-    steps, stop = steps_and_stop(len(source), args.global_batch_size, args.steps, args.epochs)
-    return Rows(lambda epoch: [[int(i)] for i in order.epoch(epoch)], args.global_batch_size, stop), steps, []
-
-
-def _lengths(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> tuple[Sequence[int], list[str]]:
-    """Tokens of every sample, each rank measuring a share; bad ones are negative, returned and named in the log."""
-    start, stop = share(len(source), world.rank, world.size)
-    world.progress("measure samples", 0, len(source), "samples")
-    own = measure(source, encoder, start, stop, args.dataset.workers)
-    parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, own)
-    lengths = Lengths.join(parts)
-    bad = list(lengths.reasons.values())
-    for problem in bad:
-        _say(world, f"bad sample, left out: {problem}")
-    if bad and args.dataset.on_bad == "stop":
-        raise UserError(f"bad sample: {bad[0]}; set dataset.on_bad=skip to go on without it")
-    if len(bad) == len(source):
-        raise UserError(f"{args.data}: all {len(bad)} samples are bad, e.g. {bad[0]}")
-    return lengths.values.tolist(), bad
-
-
 def _validate(
-    args: TrainArgs, built: BuiltModel, source: Source, encoder: Encoder, device: torch.device
-) -> tuple[float, int]:
-    """Mean loss per token over the first samples of the validation data."""
+    args: TrainArgs, built: BuiltModel, source: Source, encoder: Encoder, device: torch.device, stop_asked: Callable[[], bool]
+) -> Validated | None:  # fmt: skip
+    """Mean loss per token over the first samples of the validation data; None when asked to stop."""
     count = min(len(source), args.validation.samples or len(source))
     shares = args.shares
     rows = Rows(lambda _: [[i] for i in range(count)], shares.global_batch_size, count)
     settings = dataclasses.replace(args.dataset, packing=False)
-    steps, total, tokens = -(-count // shares.global_batch_size), 0.0, 0
+    steps, total, tokens, problems = -(-count // shares.global_batch_size), 0.0, 0, []
     built.model.eval()
-    with Feeder(built, source, encoder, rows, shares, settings, 0, steps) as feeder, torch.no_grad():
-        for step in feeder:
-            here = step.table.total(step.table.loss_tokens)
-            moved = [m.to(device) for m in step.microbatches]
-            total += float(run_step(built, moved, here, Stopwatch(), train=False))
-            tokens += here
-    built.model.train()
+    try:
+        with Feeder(built, source, encoder, rows, shares, settings, 0, steps) as feeder, torch.no_grad():
+            for step in feeder:
+                if stop_asked():
+                    return None
+                problems += step.problems
+                here = step.table.total(step.table.loss_tokens)
+                if not here:
+                    continue
+                moved = [m.to(device) for m in step.microbatches]
+                total += float(run_step(built, moved, here, Stopwatch(), train=False))
+                tokens += here
+    finally:
+        built.model.train()
     shared = torch.tensor(total, dtype=torch.float64, device=device)
     dist.all_reduce(shared)
-    return float(shared) / max(1, tokens), tokens
+    return Validated(float(shared) / max(1, tokens), tokens, problems)
 
 
 # --------------------------------------------------------------------------------------------------------------- model

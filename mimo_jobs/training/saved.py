@@ -32,6 +32,8 @@ class Saved:
         files: name -> bytes of every weight file.
         skipped: bad samples left out so far.
         losses: of the last steps, oldest first, for the spike bound.
+        first_loss, tokens, seconds: of the run so far, over all of its starts.
+        data: what the data set is (`data.Source.sketch`); empty in checkpoints of earlier versions.
     """
 
     step: int
@@ -39,6 +41,10 @@ class Saved:
     files: Mapping[str, int] = field(default_factory=dict)
     skipped: int = 0
     losses: list[float] = field(default_factory=list)
+    first_loss: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_directory(root: Path, step: int) -> Path:
@@ -79,8 +85,6 @@ def newest(root: Path, identity: Mapping[str, Any], warn: Callable[[str], None])
     Raises:
         UserError: it is of another run.
     """
-    for partial in sorted(root.glob(".step-*.partial")) if root.is_dir() else []:
-        warn(f"{partial.name} was cut off while it was written; it is not used")
     for _, directory in completed(root):
         try:
             saved = read(directory)
@@ -94,6 +98,13 @@ def newest(root: Path, identity: Mapping[str, Any], warn: Callable[[str], None])
             )
         return directory, saved
     return None
+
+
+def clear_partial(root: Path, warn: Callable[[str], None]) -> None:
+    """Remove what was cut off while it was written; only the owner of ``root`` may."""
+    for partial in sorted(root.glob(".step-*.partial")):
+        warn(f"{partial.name} was cut off while it was written; it is removed")
+        shutil.rmtree(partial)
 
 
 def progress(root: Path) -> int:

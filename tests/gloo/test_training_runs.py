@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from mimo_jobs.conversion.tiny import make_tiny
 from mimo_jobs.training import history
 from mimo_jobs.training.saved import completed, read
 from tests.gloo.images import write_data
-from tests.gloo.jobs import DISJOINT_PP, FAN_IN, Job, run_job
+from tests.gloo.jobs import DISJOINT_PP, FAN_IN, ONE, Job, run_job
 
 pytestmark = pytest.mark.gloo
 
@@ -105,6 +106,53 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(inputs: dict[str, Any], w
     assert "not a whole checkpoint; the one before it is used" in ended.said
     # Another layout before the kill: the same to rounding.
     assert _losses(tmp_path) == pytest.approx(_losses(whole), rel=1e-4)
+
+
+def test_a_second_start_waits_for_the_first_and_harms_nothing(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """A command that was given twice: neither harms the other's checkpoints."""
+    arguments = inputs | {"target": tmp_path / "sft", "steps": 4}
+    with Job(tmp_path / "record", "sft", FAN_IN, **arguments) as first:
+        first.wait_until(_step_is_reached(tmp_path, 1), timeout=150)
+        with Job(tmp_path / "again", "sft", FAN_IN, **arguments) as second:
+            assert first.end().summary["steps"] == 4
+            ended = second.end()
+    assert "run record (process" in ended.said and "still writes its checkpoints there" in ended.said
+    assert set(ended.codes) == {1} and "sft: exists" in ended.error["message"], ended.error
+    assert read_manifest(tmp_path / "sft").digests
+
+
+def test_a_data_set_that_changed_under_its_name_is_not_gone_on_with(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """As a data set on the hub may: of local files the identity of the run says it before."""
+    arguments = inputs | {"target": tmp_path / "sft", "steps": 2, "optimizer": {"lr": 1e-4}}
+    assert run_job(tmp_path / "record", "sft", ONE, **arguments, timeout=150).summary["steps"] == 2
+    shutil.rmtree(tmp_path / "sft")
+    (_, last), *_ = completed(Path(f"{tmp_path}/sft.steps"))
+    record = json.loads((last / "training.json").read_text())
+    assert record["data"]["rows"] == 24
+    (last / "training.json").write_text(json.dumps(record | {"data": record["data"] | {"rows": 23}}))
+    ended = run_job(tmp_path / "record", "sft", ONE, **arguments)
+    assert ended.codes == [1] and "it has changed since" in ended.said and "(23 rows, 24 here)" in ended.said
+    (last / "training.json").write_text(json.dumps(record))
+    again = run_job(tmp_path / "record", "sft", ONE, **arguments, timeout=150).summary
+    assert again["tokens"] == record["tokens"] > 0 and again["first_loss"] == record["first_loss"]
+
+
+def test_validation_names_bad_samples_and_hears_a_signal(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Asked to stop in a long validation: it is left there, with the step before it saved."""
+    data = write_data(tmp_path / "validation", 300)
+    (tmp_path / "validation" / "5.png").unlink()
+    arguments = inputs | {
+        "target": tmp_path / "sft", "steps": 2, "optimizer": {"lr": 1e-4}, "saving": {"every": 0}, "validation": {"data": str(data), "every": 1, "samples": 0},
+    }  # fmt: skip
+    with Job(tmp_path / "record", "sft", FAN_IN, **arguments) as job:
+        job.wait_until(_step_is_reached(tmp_path, 1), timeout=150)
+        job.kill(1, signal.SIGUSR1)
+        ended = job.end()
+    assert ended.codes == [1, 1] and ended.error["message"] == "interrupted", ended.said
+    assert [step for step, _ in completed(Path(f"{tmp_path}/sft.steps"))] == [1] and not _history(tmp_path).validation
+    assert run_job(tmp_path / "record", "sft", FAN_IN, **arguments, timeout=150).summary["steps"] == 2
+    assert list(_history(tmp_path).validation) == [2]
+    assert [e for e in _history(tmp_path).events if e.kind == "bad sample" and "train.jsonl:6" in e.text]
 
 
 def _history(base: Path) -> history.History:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mimo_jobs.training.data.webdataset import load_tars, tar_row
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ROWS = "rows1"  # of what files.json_rows yields: raise it with a change, or old caches are read
+_SKETCHED = 16  # rows that tell data sets of the same length apart
 _LOOKED_AT = 64  # rows of JSON that are looked at for the columns
 
 
@@ -47,6 +49,13 @@ class Source:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def sketch(self) -> dict[str, Any]:
+        """What the data set is, wherever its files lie: rows, schema, and a digest of some rows."""
+        digest = blake2b(digest_size=16)
+        for index in sorted({len(self) * n // _SKETCHED for n in range(_SKETCHED)} | {len(self) - 1}):
+            digest.update(repr(self.row(index)).encode())
+        return {"rows": len(self), "schema": self.schema, "digest": digest.hexdigest()}
 
     def conversation(self, index: int) -> Conversation:
         """Sample ``index`` as a conversation; images are not read.
