@@ -11,7 +11,6 @@ Writes benchmarks/results/training_parity.json.
 """
 
 import argparse
-import copy
 import json
 import logging
 import os
@@ -61,6 +60,8 @@ def main() -> None:
 
 def compare_curves(lr: float, steps: int, console: Console) -> dict[str, Any]:
     """Loss curves of `tests.gloo.curves.LAYOUTS` at a learning rate."""
+    import torch
+
     from mimo_jobs.training.config import Optimizer
     from tests.gloo.batches import tiny
     from tests.gloo.curves import LAYOUTS, batch_of, curve, largest_difference
@@ -71,7 +72,7 @@ def compare_curves(lr: float, steps: int, console: Console) -> dict[str, Any]:
     in_order = [s for i in range(steps) for s in batch_of(samples, BATCH, i)]
     with console.status(f"lr {lr:g}: transformers"):
         exact = exact_run(model, in_order, BATCH, steps, settings)
-        single = exact_run(_InSingle(model), in_order, BATCH, steps, settings)
+        single = exact_run(model, in_order, BATCH, steps, settings, torch.float32)
     found = {}
     for name, layout in LAYOUTS.items():
         with console.status(f"lr {lr:g}: {name}"):
@@ -83,19 +84,6 @@ def compare_curves(lr: float, steps: int, console: Console) -> dict[str, Any]:
         "against one rank": {n: largest_difference(c, one) for n, c in found.items() if n != "one rank"},
         "losses": {"transformers fp64": exact, **found},
     }  # fmt: skip
-
-
-class _InSingle:
-    """A model whose copy stays in fp32 when it is asked for doubles."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __deepcopy__(self, memo: dict) -> "_InSingle":
-        return _InSingle(copy.deepcopy(self.model, memo))
-
-    def double(self) -> Any:
-        return self.model
 
 
 def compare_gradients(console: Console) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mimo_jobs.errors import UsageError, UserError, did_you_mean
 from mimo_jobs.records import read_json
 
 SCHEMA = 1
+RESULTS = ("result.json", "progress.json")
 LOGS = "logs"  # of a record: one file a rank (mimo_jobs.worker.log_name)
 LAUNCHERS = {"local": "launchers.local", "slurm": "launchers.slurm"}
 
@@ -128,17 +129,29 @@ def check(name: str) -> str:
     return kind
 
 
-def outcome(job: Job) -> Outcome:
-    """How the job ended, from its result.json; without one it failed, and the end of its logs says why."""
-    result = read_json(job.record / "result.json")
-    if result is None:
+def clear(record: Path) -> None:
+    """Remove what an earlier attempt left, before any rank of a new one lives."""
+    for name in RESULTS:
+        (record / name).unlink(missing_ok=True)
+
+
+def result(record: Path, attempt: str | None = None) -> dict[str, Any] | None:
+    """result.json; None when there is none, or it says that it is not of the ``attempt``: a rank of an earlier one may wake up late."""
+    found = read_json(record / "result.json")
+    return found if attempt is None or not found or found.get("attempt", attempt) == attempt else None
+
+
+def outcome(job: Job, attempt: str | None = None) -> Outcome:
+    """How the job ended, from its `result`; without one it failed, and the end of its logs says why."""
+    found = result(job.record, attempt)
+    if found is None:
         tail = log_tail(job.record)
         death = _death(job.record)
         how = death[1] if death else f"{job.name} ended without a result: killed, or out of memory"
         return Outcome({}, f"{how}\n{tail}" if tail else how, 1, transient=True)
-    if result.get("status") == "ok":
-        return Outcome(result.get("summary") or {})
-    error = result.get("error") or {}
+    if found.get("status") == "ok":
+        return Outcome(found.get("summary") or {})
+    error = found.get("error") or {}
     message = str(error.get("message") or "failed without a message")
     if message == "interrupted":  # by torchrun, perhaps, because another rank died that could not say so itself
         death = _death(job.record)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launchers.base import LOGS, Job, RankGroup, Watch
+from launchers.base import LOGS, Job, RankGroup, Watch, clear
 from mimo_jobs.records import read_json
 
 POLL_SECONDS = 0.1
@@ -37,6 +37,7 @@ def launch(job: Job, watch: Watch) -> None:
 
     Everything that NeMo-Run writes and prints goes under the job's record.
     """
+    clear(job.record)
     watch({"phase": "starting NeMo-Run"})
     with _quietly(job.record / "launcher.log") as log:
         # Read when nemo_run is imported; the first job of a process decides.

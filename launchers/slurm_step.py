@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import hook, slurm_commands
-from launchers.base import Job, Outcome, log_tail, outcome
+from launchers.base import Job, Outcome, clear, log_tail, outcome, result
 from launchers.profiles import seconds
 from launchers.slurm import STEP
 from launchers.slurm_commands import SlurmError
@@ -32,6 +32,7 @@ from mimo_jobs.conversion import identity
 from mimo_jobs.conversion.journal import finished_tasks
 from mimo_jobs.conversion.publish import remove_staging, staging_of
 from mimo_jobs.errors import UserError
+from mimo_jobs.parallel.attempt import ATTEMPT
 from mimo_jobs.records import RUN, StepRecord, load
 from mimo_jobs.training import saved
 
@@ -41,9 +42,8 @@ POLL_SECONDS = 0.5
 SETTLE_SECONDS = 2.0  # after a rank died, the time that Slurm has to say that it is the cause
 REQUEUE_ATTEMPTS = 5
 MOST_IDLE_REQUEUES = 3  # time limits in a row that a step may reach without having come further
-RESULTS = ("result.json", "progress.json")
-ENDING_SECONDS = 15  # and Slurm to end a step that is killed
 HANGING_SECONDS = 30  # after a result, the time that srun has to notice that the ranks are gone
+ENDING_SECONDS = 15  # and Slurm to end a step that is killed
 STEP_CANCELLED = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED")
 NODE_FAILED = re.compile(r"Node failure on|DUE TO NODE FAILURE|NODE FAIL", re.IGNORECASE)
 KILLED = re.compile(
@@ -73,6 +73,7 @@ class Step:
         self.job_id = int(os.environ.get("SLURM_JOB_ID") or 0)
         self.signals: list[int] = []
         self.ranks: subprocess.Popen[bytes] | None = None
+        self.attempt = ""
         self.log_start = 0
 
     # ------------------------------------------------------------------------------------------------------ running
@@ -121,13 +122,13 @@ class Step:
 
     def _attempt(self, attempt: int, restarts: int) -> Outcome:
         """Start every rank, wait for all of them, and read what they left."""
-        for name in RESULTS:
-            (self.job.record / name).unlink(missing_ok=True)
+        clear(self.job.record)
+        self.attempt = f"{self.job_id}-{restarts}-{attempt}"
         log = self.job.record / "slurm.log"
         self.log_start = log.stat().st_size if log.exists() else 0
         ours = {
             **self.plan["environment"],
-            "MIMO_JOBS_ATTEMPT": f"{self.job_id}-{restarts}-{attempt}",
+            ATTEMPT: self.attempt,
             "LOCAL_WORLD_SIZE": str(self.plan["ranks_on_a_node"]),
         }
         environment = _for_srun(ours)
@@ -144,7 +145,7 @@ class Step:
             self.ranks = None
         else:
             code = 1
-        ended = outcome(self.job)
+        ended = outcome(self.job, self.attempt)
         if ended.error is None and code:
             return Outcome({}, f"srun ended with exit code {code} after the job had succeeded", 1, transient=True)
         return ended if ended.error is None else self._explained(ended)
@@ -156,7 +157,7 @@ class Step:
             try:
                 return srun.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                if finished is None and (self.job.record / "result.json").exists():
+                if finished is None and result(self.job.record, self.attempt) is not None:
                     finished = time.monotonic()
                 if finished is not None and time.monotonic() - finished > HANGING_SECONDS:
                     self._end_ranks()
@@ -172,13 +173,13 @@ class Step:
 
     def _explained(self, ended: Outcome) -> Outcome:
         """The first error: what the first failing rank said, else how Slurm says that it died."""
-        result = self.job.record / "result.json"
+        found = result(self.job.record, self.attempt)
         with contextlib.suppress(OSError):
             text = self._log()
             died, cancelled = KILLED.search(text), STEP_CANCELLED.search(text)
             if cancelled and not self.signals and (died is None or cancelled.start() < died.start()):
                 died = None
-            said = json.loads(result.read_text())["error"] if result.exists() else None
+            said = found.get("error") if found else None
             if died and (said is None or said.get("transient")):
                 rank = died["rank"]
                 how = {"Killed": "was killed (SIGKILL; out of memory?)", "Out Of Memory": "ran out of host memory"}.get(

@@ -273,6 +273,7 @@ def _queued(plan: "Plan", run: "RunRecord", jobs: Mapping[str, int], options: Op
 def _conclude(plan: "Plan", run: "RunRecord", summaries: Mapping[str, dict[str, Any]], as_json: bool) -> int:
     """Say where things are and what to type next; a chain that verified ends with the parity line."""
     from mimo_jobs import console
+    from mimo_jobs.checkpoint.manifest import MANIFEST_NAME
 
     certificate = summaries.get("verify")
     if as_json:
@@ -283,22 +284,29 @@ def _conclude(plan: "Plan", run: "RunRecord", summaries: Mapping[str, dict[str, 
     print(f"records   {run.root}")
     for name, place in places.items():
         print(f"{name if len(places) > 1 else 'target':<9} {place}")
-    trained = any(p.step.job in ("sft", "lora") for p in plan.steps)
     if plan.recipe == "quickstart":
         print(_next(f"{PROGRAM} recipes.qwen35vl_pipeline --help"))
     elif last.job in ("import_hf", "sft"):
         print(_next(f"{PROGRAM} recipes.qwen35vl_export source={_quoted(places[last.name])} target=DIR"))
-    elif last.job == "lora" and os.path.exists(os.path.join(last.arguments["source"], "mimo.json")):
+    elif last.job == "lora" and os.path.exists(os.path.join(last.arguments["source"], MANIFEST_NAME)):
         source, adapter = _quoted(last.arguments["source"]), _quoted(places[last.name])
         print(_next(f"{PROGRAM} recipes.qwen35vl_export source={source} adapter={adapter} target=DIR"))
-    elif last.job == "export_hf":
-        if not trained and last.arguments.get("adapter") is None:
-            print(_next(f"{PROGRAM} verify ORIGINAL_DIR {_quoted(places[last.name])}"))
-        if last.name in summaries:
-            console.make().print(console.export_table(summaries[last.name]))
+    elif last.job == "export_hf" and last.name in summaries:
+        print(_next(after_export(places[last.name], summaries[last.name])))
+        console.make().print(console.export_table(summaries[last.name]))
     if certificate is not None:
         print(console.parity_line(certificate))
     return 0
+
+
+def after_export(place: str, summary: Mapping[str, Any]) -> str:
+    """What to type next: a comparison with the original, or where its bytes are not wanted, a look that it loads."""
+    if summary["trained"] or summary["parity"].get("merged") or summary["casts"] or summary["dropped"]:
+        code = (
+            f"from transformers import AutoModelForImageTextToText as Model; Model.from_pretrained({json.dumps(place)})"
+        )
+        return f"python -c {_quoted(code)}"
+    return f"{PROGRAM} verify ORIGINAL_DIR {_quoted(place)}"
 
 
 def _next(command: str) -> str:

@@ -16,6 +16,7 @@ from rich.text import Text
 from launchers.base import RankGroup
 from mimo_jobs.layout import ResolvedLayout
 from mimo_jobs.placement import Placement, place_ranks
+from mimo_jobs.weights.dtypes import itemsize
 
 if TYPE_CHECKING:
     from mimo_jobs.monitor import Seen, SeenRun
@@ -186,23 +187,34 @@ def parity_line(certificate: Mapping[str, Any]) -> str:
 def export_table(summary: Mapping[str, Any]) -> Table:
     """The parity certificate of an export in words; parity.json beside the weights has every tensor's digest."""
     parity, table = summary["parity"], Table.grid(padding=(0, 2))
+    whose = "checkpoint" if summary.get("trained") else "source"
     shards = "1 file" if summary["shards"] == 1 else f"{summary['shards']} shards and their index"
     table.add_row("  written", f"{summary['tensors']:,} tensors, {size(summary['bytes'])}, {shards}")
     exact = (
-        f"{parity['equal']:,} (digests equal to the source's)" if parity["verified"] else "not verified (verify=false)"
+        f"{parity['equal']:,} (digests equal to the {whose}'s)" if parity["verified"] else "not verified (verify=false)"
     )
     table.add_row("  bit-exact", Text(exact, style="green" if parity["equal"] else "yellow"))
     if parity["unknown"] and parity["verified"]:
         table.add_row("  unknown", f"{parity['unknown']:,} (the checkpoint has no digest of them)")
     if parity.get("merged"):
         table.add_row("  merged", f"{parity['merged']:,} (with the adapter)")
-    casts = ", ".join(f"{count:,} {kind}" for kind, count in summary["casts"].items())
+    casts = cast_words(summary["casts"])
     table.add_row("  cast", Text(casts or "none", style="yellow" if casts else ""))
     table.add_row("  passed through", f"{summary['passed_through']:,}" if summary["passed_through"] else "none")
     table.add_row("  tied", ", ".join(summary["tied"]) or "none")
     table.add_row("  dropped", Text(f"{summary['dropped']:,}" if summary["dropped"] else "none"))
     table.add_row("  certificate", Text(summary["certificate"]))
     return table
+
+
+def cast_words(casts: Mapping[str, int]) -> str:
+    """``{"F32 to BF16": 97}`` -> ``97 F32 to BF16 (rounded)``; empty without casts."""
+
+    def word(kind: str) -> str:
+        before, after = kind.split(" to ")
+        return f"{casts[kind]:,} {kind}" + (" (rounded)" if itemsize(after) <= itemsize(before) else "")
+
+    return ", ".join(map(word, casts))
 
 
 def _difference(found: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from launchers import local, slurm
 from launchers.base import RankGroup
 from mimo_jobs import console, overrides, pipeline
+from mimo_jobs.conversion.identity import TRAINING
 from mimo_jobs.pipeline import IN_PROCESS, Plan, Planned
 from mimo_jobs.records import RunRecord, StepRecord
 from mimo_jobs.submission import Submission
@@ -56,8 +57,8 @@ def _show_step(
         out.print(console.rank_map(step.layout, asked.requests[step.name].allocated if asked else None))
     if planned.preflight:
         out.print("plan", style="bold")
-        trains = hasattr(planned.preflight, "memory")
-        out.print(console.training_table(planned.preflight) if trains else console.plan_table(planned.preflight))
+        table = console.training_table if planned.step.job in TRAINING else console.plan_table
+        out.print(table(planned.preflight))
     if asked:
         out.print(slurm.SCRIPT, style="bold")
         for line in _script(planned, recorded, asked).splitlines():

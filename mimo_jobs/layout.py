@@ -6,7 +6,6 @@ tp varies fastest, then cp, dp, pp.
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -180,15 +179,11 @@ def check_batch(layout: ResolvedLayout, global_batch_size: int, micro_batch_size
     language = layout.components[LANGUAGE].dp
     together = micro_batch_size * language
     for c in layout.components.values():
-        if together % c.dp:
-            fits = c.dp // math.gcd(c.dp, language)
+        if together % c.dp:  # c.dp is then a multiple of language's (`ParallelLayout.resolve`)
+            fits = c.dp // language
             raise UsageError(
                 f"micro_batch_size={micro_batch_size} times layout.language.dp={language} is {together} samples, which "
                 f"layout.{c.name}.dp={c.dp} replicas cannot share; set micro_batch_size={-(-micro_batch_size // fits) * fits}"
-            )
-        if max(c.dp, language) % min(c.dp, language):
-            raise UsageError(
-                f"layout.{c.name}.dp={c.dp} and layout.language.dp={language}: one must be a multiple of the other"
             )
     if global_batch_size % together:
         near = max(1, round(global_batch_size / together)) * together

@@ -118,6 +118,7 @@ def make_plan(
     for step in steps:
         step.layout  # noqa: B018  a layout that does not resolve is the first thing to say
     _check_casts(steps)
+    _check_logging(steps)
     plan = Plan(name, _decided(steps, active, done) if resumable else [Planned(s) for s in steps])
     checked = [p for p in plan.to_run if p.step.name not in active]
     _check_targets(checked)
@@ -146,6 +147,15 @@ def _check_casts(steps: list[Step]) -> None:
                     f"{step.name}.{setting}={step.arguments.get(setting) or 'none'}, but {set_at[-1].name if set_at else imported.name}.{setting}={expected or 'none'}: "
                     f"the two would differ; set {setting}={expected or 'none'} for the whole chain"
                 )
+
+
+def _check_logging(steps: list[Step]) -> None:
+    """No secret among the settings, also of a step that is done already: the record has them all. Raises a `UsageError`."""
+    from mimo_jobs.training.checks import check_logging
+
+    for step in steps:
+        if "logging" in step.arguments:
+            check_logging(step.arguments["logging"])
 
 
 # ------------------------------------------------------------------------------------------------ what is done already
@@ -217,7 +227,7 @@ def _begun(step: Step, place: Path, expected: Mapping[str, Any]) -> Planned:
         return Planned(step)
     from mimo_jobs.training import saved
 
-    root = saved.steps_directory(place, overrides.flat(step.arguments).get("saving.directory"))
+    root = saved.steps_directory(place, step.arguments["saving"].directory)
     other, done = saved.other_run(root, expected), saved.progress(root)
     if other is None:
         return Planned(step, why=f"goes on after step {done}" if done else "")

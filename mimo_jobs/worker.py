@@ -3,7 +3,7 @@
 Run by torchrun or srun for every rank; run by hand it repeats the job, or one rank of it, under a debugger. Writes
 ``result.json`` beside JOB.json: rank 0 when the job succeeded, the first rank that fails when it did not. Exit codes:
 0 done, 1 failed, 2 a wrong JOB.json. ``transient`` in result.json: ended by what may not happen again, a rank that died or an
-interruption.
+interruption; ``attempt``: whose result it is, as the launcher names it.
 """
 
 import signal
@@ -29,11 +29,12 @@ from typing import Any, NoReturn
 
 from mimo_jobs.errors import UsageError, UserError, did_you_mean
 from mimo_jobs.layout import ResolvedLayout
+from mimo_jobs.parallel import attempt
+from mimo_jobs.records import read_json
 
 SCHEMA = 1
 PATIENCE_SECONDS = 1.0
 OWNER_SECONDS = 1.0
-STALE_SECONDS = 3.0  # ranks of one attempt start closer together than this, a repetition by hand comes later
 KEYS = {"schema": int, "job": str, "run_id": str, "world_size": int, "record": str, "arguments": dict}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         world = _world(arguments[0], job)
         _log_to_own_file(job, world.rank)
         if world.rank == 0:
-            _remove_stale(record, alone=world.size == 1)
+            _remove_stale(record, alone=world.size == 1, spread=0.0)
+            (record / "progress.json").unlink(missing_ok=True)
         with world:
             try:
                 summary = job["function"](**job["arguments"], world=world)
@@ -108,9 +110,9 @@ def _log_to_own_file(job: dict[str, Any], rank: int) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    attempt = os.environ.get("MIMO_JOBS_ATTEMPT", "0")
     print(
-        f"# {time.strftime('%F %T')} rank {rank} of {job['world_size']} on {os.uname().nodename}, attempt {attempt}, pid {os.getpid()}",
+        f"# {time.strftime('%F %T')} rank {rank} of {job['world_size']} on {os.uname().nodename}, attempt {attempt.name() or 0}, "
+        f"pid {os.getpid()}",
         flush=True,
     )
 
@@ -169,12 +171,12 @@ def _world(file: str, job: dict[str, Any]) -> Any:
     return world
 
 
-def _remove_stale(record: Path, alone: bool) -> None:
-    """Remove what an earlier attempt left, but not what another rank of this one may have written already."""
-    for path in (record / "result.json", record / "progress.json"):
-        with contextlib.suppress(FileNotFoundError):
-            if alone or path.stat().st_mtime < time.time() - STALE_SECONDS:
-                path.unlink()
+def _remove_stale(record: Path, alone: bool = False, spread: float = attempt.SPREAD_SECONDS) -> None:
+    """Remove the result of an earlier attempt, but not what another rank of this one may have written already."""
+    path = record / "result.json"
+    with contextlib.suppress(FileNotFoundError):
+        if alone or attempt.is_earlier(path, (read_json(path) or {}).get("attempt"), spread):
+            path.unlink()
 
 
 def read_job(path: Path) -> dict[str, Any]:
@@ -245,17 +247,24 @@ def _takes(kind: type, hint: Any) -> bool:
 
 
 def write_result(record: Path, result: dict[str, Any]) -> bool:
-    """Write result.json whole, unless a rank already did; true when this one was the first."""
+    """Write result.json whole; false when another rank of this attempt failed before.
+
+    Success is rank 0's to say, once every rank has done its part and the output is there: it replaces whatever came late.
+    """
     descriptor, partial = tempfile.mkstemp(dir=record, prefix=".result.")
     try:
         with os.fdopen(descriptor, "w") as file:
-            json.dump(result, file, indent=2, default=str)
+            json.dump(result | {"attempt": attempt.name()}, file, indent=2, default=str)
+        if result["status"] == "ok":
+            os.replace(partial, record / "result.json")
+            return True
+        _remove_stale(record)  # rank 0 may not have come yet
         os.link(partial, record / "result.json")  # fails when it exists: the first rank wins
         return True
     except FileExistsError:
         return False
     finally:
-        os.unlink(partial)
+        Path(partial).unlink(missing_ok=True)
 
 
 def _failed(record: Path | None, world: Any, message: str, code: int) -> int:

@@ -22,10 +22,10 @@ def make_adapter(
     base: str | None = None,
     **settings: Any,
 ) -> dict[str, np.ndarray]:
-    """Write an adapter with random A and B; returns ``MODULE.lora_A`` / ``MODULE.lora_B`` -> fp32 values."""
+    """Write an adapter of random values; returns ``MODULE.lora_A``, ``MODULE.lora_B`` ... -> fp32 values."""
     weight_map = family_of(config).weight_map(config)
     modules, rng = targeted(weight_map, targets), np.random.default_rng(seed)
-    entries = layout_of(modules, weight_map, rank)
+    entries = layout_of(modules, weight_map, rank, bool(settings.get("use_dora")))
     values = {n: (rng.standard_normal(shape) * 0.1).astype(np.float32) for n, _, shape in entries}
     written = {
         "peft_type": "LORA",

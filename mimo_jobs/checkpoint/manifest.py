@@ -49,8 +49,9 @@ class Manifest:
         model_type, rules_version: the family and the version of its rules that wrote the checkpoint.
         config: the HF config that an export writes.
         source: where the weights came from: path, tensors, bytes.
-        digests: HF name -> blake3 of the bytes that an export must write to equal the source.
-        casts: HF name -> [dtype before, dtype after].
+        job: what made the weights, ``import_hf`` or ``sft``.
+        digests: HF name -> blake3 of its bytes in the dtype that the checkpoint holds it in (`exporter.held_tensors`).
+        casts: HF name -> [dtype before, dtype after], of tensors that were cast when they were imported.
         aliases: tied HF names that the export repeats -> the name they repeat.
         passed_through: HF names carried untouched; ``dropped``: those left out on request.
         layout: component -> sizes, of the job that wrote it; any layout can read it.
@@ -65,6 +66,7 @@ class Manifest:
     config: dict[str, Any]
     source: dict[str, Any]
     layout: dict[str, dict[str, int]]
+    job: str = "import_hf"
     digests: dict[str, str] = field(default_factory=dict)
     casts: dict[str, list[str]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
@@ -75,6 +77,11 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are no longer those of ``source``."""
+        return self.job != "import_hf"
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
@@ -91,6 +98,11 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def is_mimo(directory: Path) -> bool:
+    """Whether a directory is a finished MIMO checkpoint; a checkpoint that is none is a Hugging Face directory."""
+    return (directory / MANIFEST_NAME).exists()
 
 
 def read_manifest(directory: Path) -> Manifest:

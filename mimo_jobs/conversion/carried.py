@@ -13,9 +13,9 @@ from typing import Any
 from mimo_jobs.checkpoint.manifest import (
     HEADERS_DIR,
     HF_DIR,
-    MANIFEST_NAME,
     PASSED_THROUGH_NAME,
     Manifest,
+    is_mimo,
     read_manifest,
     versions,
     write_manifest,
@@ -43,7 +43,7 @@ class Carried:
 
         Args:
             files: weight file -> bytes, of what was trained.
-            digests: of what an export will write, empty if not known.
+            digests: of the tensors (`exported_digests`), empty if not known.
         """
         for part in (HF_DIR, HEADERS_DIR):
             (staging / part).mkdir(exist_ok=True)
@@ -54,9 +54,11 @@ class Carried:
         if passed.exists():
             _link(passed, staging / PASSED_THROUGH_NAME)
             files[PASSED_THROUGH_NAME] = passed.stat().st_size
+        before = self.manifest
+        casts = {name: cast for name, cast in before.casts.items() if name in before.passed_through}
         write_manifest(
             dataclasses.replace(
-                self.manifest, layout=layout.as_layout(), digests=digests, casts={}, files=files, versions=versions(), identity=identity,
+                before, job="sft", layout=layout.as_layout(), digests=digests, casts=casts, files=files, versions=versions(), identity=identity,
             ),
             staging,
         )  # fmt: skip
@@ -72,7 +74,7 @@ def carry(source: Path, layout: ResolvedLayout, directory: Path, world: World) -
     Raises:
         UserError: the source is not whole.
     """
-    if (source / MANIFEST_NAME).exists():
+    if is_mimo(source):
         return Carried(source, read_manifest(source))
     made = importer.plan_import(importer.ImportArgs(source, directory, layout))
     if world.rank == 0:
@@ -83,18 +85,19 @@ def carry(source: Path, layout: ResolvedLayout, directory: Path, world: World) -
     with transfer.Files() as files:
         tasks = list(importer.passed_tasks(made, directory, files, world.rank, lambda _: None))
         transfer.run_all(tasks, 1)
+        files.sync()
     world.barrier("carried")
     return Carried(directory, importer.manifest_of(made, directory, {}, {}, {}))
 
 
 def exported_digests(checkpoint: Path, layout: ResolvedLayout, world: World) -> dict[str, str] | None:
-    """HF name -> digest of the bytes that an export of a MIMO checkpoint writes; on rank 0. Every rank reads a share."""
+    """HF name -> digest of the tensor that an export of a MIMO checkpoint reads; on rank 0. Every rank reads a share."""
     made = exporter.plan_export(exporter.ExportArgs(checkpoint, checkpoint.with_name("unused"), layout))
     sizes = [(name, tensor.nbytes) for name, tensor in made.tensors.items()]
     mine = [name for name, rank in plans.spread(sizes, world.size) if rank == world.rank]
     with transfer.Files() as files:
         rows = RowReader(checkpoint, files)
-        jobs = [(name, exporter.template_blocks(made, name, files, rows)) for name in mine]
+        jobs = [(name, exporter.held_blocks(made, name, files, rows)) for name in mine]
         found = tensor_digests(jobs, world, "digest", sum(size for _, size in sizes))
     results = world.gather("trained digests", {"digests": found})
     return None if results is None else merged(results, "digests")

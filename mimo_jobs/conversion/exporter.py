@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mimo_jobs.layout import ResolvedLayout
 from mimo_jobs.parallel.world import World
 from mimo_jobs.weights import plan as plans
 from mimo_jobs.weights import transfer
-from mimo_jobs.weights.dtypes import cast_to, itemsize
+from mimo_jobs.weights.dtypes import Cast, cast_to, itemsize
 from mimo_jobs.weights.json_files import parse_object, read_bytes
 from mimo_jobs.weights.rules import Segment, stored_rows
 from mimo_jobs.weights.safetensors_io import (
@@ -67,9 +67,10 @@ class ExportPlan:
     Attributes:
         stored: the checkpoint's tensors (`torch_dist.read_metadata`).
         shards: the files to write; ``tensors``: every tensor in them.
-        shares: rows that each rank writes; ``passed_ranks``, ``alias_ranks``: who copies which whole tensor.
-        templates: every tensor as the checkpoint's headers have it, before a cast.
-        casts: HF name -> [dtype of the template, dtype written].
+        shares: rows that each rank writes.
+        passed: the file of passed-through tensors, None without any; ``passed_ranks``: who copies which.
+        held: every tensor in the dtype that the checkpoint holds it in (`held_tensors`).
+        casts: HF name -> [dtype held, dtype written].
         adapter: what is merged into the weights, None without; ``merged``: the tensors that it changes.
     """
 
@@ -83,7 +84,7 @@ class ExportPlan:
     shares: list[plans.Share]
     passed: Shard | None
     passed_ranks: list[tuple[str, int]]
-    templates: dict[str, TensorInfo]
+    held: dict[str, TensorInfo]
     casts: dict[str, list[str]]
     dropped: list[str]
     adapter: PeftAdapter | None = None
@@ -91,6 +92,11 @@ class ExportPlan:
     @cached_property
     def merged(self) -> set[str]:
         return merged_names(self.adapter)
+
+    @property
+    def rounded(self) -> list[str]:
+        """Tensors that are written in a narrower dtype than the checkpoint holds them in."""
+        return [n for n, (before, after) in self.casts.items() if itemsize(after) < itemsize(before)]
 
     @property
     def bytes_per_rank(self) -> list[int]:
@@ -148,11 +154,30 @@ def plan_export(args: ExportArgs) -> ExportPlan:
         raise UserError(
             f"{args.source}: the headers lack {len(lost)} of the tensors imported, e.g. {min(lost)}; import it again"
         )
-    casts = {n: [everything[n].dtype, t.dtype] for n, t in tensors.items() if everything[n].dtype != t.dtype}
+    held = held_tensors(manifest, matched, stored, everything)
+    casts = {n: [held[n].dtype, t.dtype] for n, t in tensors.items() if held[n].dtype != t.dtype}
     return ExportPlan(
         args, manifest, config, matched, stored, shards, tensors, plans.export_shares(matched, args.layout), passed,
-        plans.spread(((n, tensors[n].nbytes) for n in passed_names), args.layout.world_size), everything, casts, dropped, adapter,
+        plans.spread(((n, tensors[n].nbytes) for n in passed_names), args.layout.world_size), held, casts, dropped, adapter,
     )  # fmt: skip
+
+
+def held_tensors(
+    manifest: Manifest, matched: plans.Matched, stored: dict[str, torch_dist.StoredTensor], headers: dict[str, TensorInfo]
+) -> dict[str, TensorInfo]:  # fmt: skip
+    """Every HF tensor in the dtype that holds its values: the header's, or the stored one where they were trained.
+
+    An import stores tensors that are fused in the widest of their dtypes, from which each comes back exactly; what training puts
+    there does not.
+    """
+    if not manifest.trained:
+        return headers
+    held = dict(headers)
+    for rule, runs in zip(matched.weight_map.rules, matched.segments, strict=True):
+        for run in runs:
+            name = rule.hf[run.hf].name
+            held[name] = replace(headers[name], dtype=stored[rule.stored[run.stored].name].dtype)
+    return held | {n: replace(headers[n], dtype=held[target].dtype) for n, target in matched.aliases.items()}
 
 
 def _read_templates(source: Path) -> dict[str, Shard]:
@@ -201,8 +226,7 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
     """
     made = plan_export(args)
     if world.rank == 0:
-        publish.check_target(args.target, args.overwrite, args.source)
-        publish.check_target(args.target, args.overwrite, args.adapter)
+        publish.check_target(args.target, args.overwrite, args.source, args.adapter)
         needed = sum(s.size for s in made.shards.values())
         publish.check_space(args.target, needed, publish.staging_of(args.target, world.run_id))
     staging = publish.staging_of(args.target, world.run_id)
@@ -221,14 +245,14 @@ def run_export(args: ExportArgs, world: World) -> dict[str, Any]:
                 tasks = left.remaining(_tasks(made, staging, files, world.rank, left.counted(moved)))
                 transfer.run_all(tasks, file_threads(args.layout.world_size))
             world.barrier("written")  # digests read what other ranks wrote
-            digests = _digests(made, staging, files, world) if args.verify else {"written": {}, "before": {}}
+            digests = _digests(made, staging, files, world) if args.verify else {"written": {}, "held": {}, "cast": {}}
             if args.fsync:
                 with world.timed("sync"):
                     files.sync()
             results = world.gather("exported", {**digests, "seconds": world.seconds})
             summary = None
             if results is not None:
-                summary = _finish(made, staging, merged(results, "written"), merged(results, "before"), world)
+                summary = _finish(made, staging, {name: merged(results, name) for name in digests}, world)
                 summary["seconds"] = slowest(results)
             return world.broadcast("published", summary)
 
@@ -313,24 +337,32 @@ def _write_rows(
 
 
 def _digests(made: ExportPlan, staging: Path, files: transfer.Files, world: World) -> dict[str, dict[str, str]]:
-    """Of this rank's share of the tensors: digests of what was written, and of what cast and merged ones were made from."""
+    """Of this rank's share of the tensors: digests of what was written; of what cast and merged ones were made from; of the casts."""
     sizes = [(n, t.nbytes) for n, t in made.tensors.items()]
     mine = [n for n, rank in plans.spread(sizes, world.size) if rank == world.rank]
     rows = RowReader(made.args.source, files)
     written = [(n, file_blocks(files, staging, made.tensors[n])) for n in mine]
-    before = [(n, template_blocks(made, n, files, rows)) for n in mine if n in made.casts or n in made.merged]
+    held = [(n, held_blocks(made, n, files, rows)) for n in mine if n in made.casts or n in made.merged]
+    cast = [
+        (n, held_blocks(made, n, files, rows, cast_to(*made.casts[n])))
+        for n in mine
+        if n in made.casts.keys() - made.merged
+    ]
     total = sum(size for _, size in sizes)
     return {
         "written": tensor_digests(written, world, "verify", total),
-        "before": tensor_digests(before, world, "verify the source", total) if made.casts or made.merged else {},
+        "held": tensor_digests(held, world, "verify the source", total) if made.casts or made.merged else {},
+        "cast": tensor_digests(cast, world, "verify the cast", total) if made.casts else {},
     }
 
 
-def template_blocks(made: ExportPlan, name: str, files: transfer.Files, rows: RowReader) -> Blocks:
-    """The bytes that an export without cast and adapter would write."""
+def held_blocks(
+    made: ExportPlan, name: str, files: transfer.Files, rows: RowReader, cast: Cast | None = None
+) -> Blocks:
+    """The bytes of a tensor as the checkpoint holds it, cast if asked."""
     if name in made.matched.passed_through:
         assert made.passed is not None
-        return file_blocks(files, made.args.source, made.passed.tensors[name])
+        return file_blocks(files, made.args.source, made.passed.tensors[name], cast)
     name = made.matched.aliases.get(name, name)
 
     def read() -> Iterator[memoryview]:
@@ -344,25 +376,25 @@ def template_blocks(made: ExportPlan, name: str, files: transfer.Files, rows: Ro
         for run in runs:
             tensor = made.matched.weight_map.rules[rule].stored[run.stored]
             stored = made.stored[tensor.name]
-            cast = cast_to(stored.dtype, made.templates[name].dtype)
+            narrow = cast_to(stored.dtype, made.held[name].dtype)
             for block in rows.blocks(stored, tensor.row_elements, run.stored_row, run.stored_row + run.count):
-                yield cast(block) if cast else block
+                held = narrow(block) if narrow else block
+                yield cast(held) if cast else held
 
     return read
 
 
-def _finish(
-    made: ExportPlan, staging: Path, digests: dict[str, str], before: dict[str, str], world: World
-) -> dict[str, Any]:
+def _finish(made: ExportPlan, staging: Path, digests: dict[str, dict[str, str]], world: World) -> dict[str, Any]:
     """Rank 0: index, audit, certificate, publication."""
     _write_index(made, staging)
     audit = open_hf(staging)  # raises when index, headers and files do not agree
-    certificate = _certificate(made, digests, before, sorted(audit.tensors))
+    certificate = _certificate(made, digests, sorted(audit.tensors))
     if certificate["different"]:
-        first = certificate["different"][0]
+        first, trained = certificate["different"][0], made.manifest.trained
         raise UserError(
-            f"{made.args.source}: {len(certificate['different'])} of {len(made.tensors)} tensors differ from what was imported, "
-            f"e.g. {first}; the checkpoint is damaged: nothing was published. Import it again"
+            f"{made.args.source}: {len(certificate['different'])} of {len(made.tensors)} tensors differ from what was "
+            f"{'trained' if trained else 'imported'}, e.g. {first}; the checkpoint is damaged: nothing was published"
+            + ("" if trained else ". Import it again")
         )
     source, args = identity.of_mimo(made.args.source), made.args
     adapter = identity.of_adapter(args.adapter) if args.adapter else None
@@ -371,13 +403,13 @@ def _finish(
         certificate |= {"adapter": adapter_summary(made.adapter, adapter)}
     write_json(staging / PARITY_NAME, certificate | {"identity": made_of})
     world.check()
-    publish.publish(staging, made.args.target, made.args.overwrite)
+    publish.publish(staging, made.args.target, made.args.overwrite, made.args.fsync)
     counts = {k: certificate[k] for k in ("verified", "equal", "cast", "merged", "unknown") if k in certificate}
     return {
         "target": str(made.args.target), "tensors": len(made.tensors), "bytes": sum(made.bytes_per_rank),
         "bytes_per_rank": made.bytes_per_rank, "shards": len(made.shards), "parity": counts, "casts": _cast_kinds(made),
         "tied": sorted(certificate["tied"]), "passed_through": len(made.passed_ranks),
-        "dropped": len(certificate["dropped"]), "certificate": str(made.args.target / PARITY_NAME),
+        "dropped": len(certificate["dropped"]), "trained": made.manifest.trained, "certificate": str(made.args.target / PARITY_NAME),
     }  # fmt: skip
 
 
@@ -397,41 +429,44 @@ def _write_index(made: ExportPlan, staging: Path) -> None:
             )
         return
     index = parse_index(read_bytes(source), source)
-    if set(index["weight_map"]) == set(made.tensors) and not made.casts and not made.manifest.casts:
+    total = sum(t.nbytes for t in made.tensors.values())
+    if set(index["weight_map"]) == set(made.tensors) and total == made.manifest.source.get("bytes"):
         shutil.copyfile(source, staging / INDEX_NAME)
         return
     names = [n for n in index["weight_map"] if n in made.tensors]
-    total = sum(t.nbytes for t in made.tensors.values())
     metadata = {**(index.get("metadata") or {}), "total_size": total}
     write_json(staging / INDEX_NAME, {"metadata": metadata, "weight_map": {n: made.tensors[n].file for n in names}})
 
 
-def _certificate(
-    made: ExportPlan, digests: dict[str, str], before: dict[str, str], index_names: list[str]
-) -> dict[str, Any]:
-    """The parity certificate: what was written, against the digests that the import took of the source."""
-    expected = made.manifest.digests
-    status = {}
-    for name in made.tensors:
-        if name in made.casts or name in made.merged:
-            fine = "merged" if name in made.merged else "cast"
-            status[name] = fine if before.get(name) in (None, expected.get(name)) else "different"
-        elif name not in digests or name not in expected:
-            status[name] = "unknown"
-        elif digests[name] != expected[name]:
-            status[name] = "different"
-        else:  # a tensor cast at import has the digest of its cast bytes
-            status[name] = "cast" if name in made.manifest.casts else "equal"
+def _status(made: ExportPlan, name: str, digests: dict[str, dict[str, str]]) -> str:
+    """How a tensor that was written stands to the digest that the import, or the training, took of it."""
+    changed = name in made.casts or name in made.merged
+    found, expected = digests["held" if changed else "written"].get(name), made.manifest.digests.get(name)
+    # A tensor cast at import has the digest of its cast bytes.
+    kind = "merged" if name in made.merged else "cast" if name in made.casts or name in made.manifest.casts else "equal"
+    if name in digests["cast"] and digests["cast"][name] != digests["written"][name]:
+        return "different"
+    if found is None:  # verify=false
+        return kind if changed else "unknown"
+    if expected is None:
+        return "unknown"
+    return kind if found == expected else "different"
+
+
+def _certificate(made: ExportPlan, digests: dict[str, dict[str, str]], index_names: list[str]) -> dict[str, Any]:
+    """The parity certificate: what was written, against the digests that the import, or the training, took."""
+    written = digests["written"]
+    status = {name: _status(made, name, digests) for name in made.tensors}
     kinds = ("equal", "cast", "merged", "unknown") if made.adapter else ("equal", "cast", "unknown")
     count = {s: sum(v == s for v in status.values()) for s in kinds}
     return {
         "format": 1, "kind": "export", "source": str(made.args.source), "imported_from": made.manifest.source,
-        "verified": made.args.verify, "tensors": len(made.tensors), **count,
+        "trained": made.manifest.trained, "verified": made.args.verify, "tensors": len(made.tensors), **count,
         "different": sorted(n for n, s in status.items() if s == "different"),
         "tied": dict(made.matched.weight_map.aliases), "passed_through": [n for n, _ in sorted(made.passed_ranks)],
         "dropped": sorted({*made.dropped, *made.manifest.dropped}),
         "casts": {"import": made.manifest.casts, "export": made.casts},
         "index": {"files": sorted(made.shards), "names_equal_files": index_names == sorted(made.tensors)},
         "layout": made.args.layout.as_layout(), "versions": {"written_by": made.manifest.versions, "exported_by": versions()},
-        "digest": "blake3", "digests": {n: {"digest": digests.get(n), "status": status[n]} for n in made.tensors},
+        "digest": "blake3", "digests": {n: {"digest": written.get(n), "status": status[n]} for n in made.tensors},
     }  # fmt: skip

@@ -17,6 +17,7 @@ from mimo_jobs.checkpoint.manifest import (
     PARITY_NAME,
     companion_files,
     file_digest,
+    is_mimo,
     read_config,
     read_manifest,
 )
@@ -135,7 +136,7 @@ def of_data(data: str) -> str:
 
 def of_checkpoint(directory: Path) -> str:
     """`of_mimo` or `of_hf`, whichever it is."""
-    return of_mimo(directory) if (directory / MANIFEST_NAME).exists() else of_hf(directory)
+    return of_mimo(directory) if is_mimo(directory) else of_hf(directory)
 
 
 def of_mimo(directory: Path) -> str:
@@ -171,7 +172,7 @@ def recorded(job: str, place: Path) -> Identity | None:
 
 def rules_of(directory: Path) -> int:
     """The version of the rules of a MIMO checkpoint, or for a Hugging Face checkpoint."""
-    if (directory / MANIFEST_NAME).exists():
+    if is_mimo(directory):
         return read_manifest(directory).rules_version
     return family_of(read_config(directory), directory / "config.json").rules_version
 

@@ -309,7 +309,7 @@ def _finish(made: ImportPlan, staging: Path, digests: dict[str, str], made_of: i
     write_json(staging / torch_dist.FORMAT_NAME, torch_dist.FORMAT_JSON)
     write_manifest(manifest_of(made, staging, digests, made.files, made_of), staging)
     world.check()
-    publish.publish(staging, made.args.target, made.args.overwrite)
+    publish.publish(staging, made.args.target, made.args.overwrite, made.args.fsync)
 
 
 def manifest_of(

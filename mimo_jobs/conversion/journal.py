@@ -7,25 +7,23 @@ all of its tasks again: writing the same bytes to the same places twice changes 
 
 import contextlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mimo_jobs.checkpoint.manifest import write_json
+from mimo_jobs.parallel import attempt
 from mimo_jobs.parallel.world import World
 from mimo_jobs.weights.json_files import read_object
 from mimo_jobs.weights.transfer import Files
 
 PLAN = ".plan"
 PREFIX = ".done-"
-ENABLED = (
-    "MIMO_JOBS_ATTEMPT"  # set by launchers that start a job again; without it nobody comes back to a staging directory
-)
 
 
 def is_enabled() -> bool:
-    return ENABLED in os.environ
+    """Whether somebody starts this job again; without that nobody comes back to a staging directory."""
+    return bool(attempt.name())
 
 
 def belongs(staging: Path, plan: str) -> bool:

@@ -8,7 +8,9 @@ import math
 from functools import lru_cache
 from typing import Any
 
+from mimo_jobs.checkpoint import torch_dist
 from mimo_jobs.checkpoint.peft_dir import PARTS, WEIGHTS_NAME, PeftAdapter
+from mimo_jobs.conversion.rows import RowReader
 from mimo_jobs.weights import transfer
 from mimo_jobs.weights.adapters import WEIGHT, scale_of
 from mimo_jobs.weights.dtypes import cast_to, itemsize
@@ -28,14 +30,13 @@ class Merger:
         self._a = lru_cache(maxsize=8)(self._read_a)
 
     def write_rows(
-        self, rows: Any, stored: Any, row_elements: int, run: Segment, name: str, dtype: str, target: int, offset: int,
-        moved: transfer.Moved,
+        self, rows: RowReader, stored: torch_dist.StoredTensor, row_elements: int, run: Segment, name: str, dtype: str,
+        target: int, offset: int, moved: transfer.Moved,
     ) -> None:  # fmt: skip
         """Rows of a checkpoint tensor to rows of a merged HF tensor.
 
         Args:
-            rows: a `RowReader`; ``stored``: the checkpoint tensor.
-            run: which rows.
+            rows: of the checkpoint; ``stored``: its tensor; ``run``: which of its rows.
             name: of the HF tensor; ``dtype``: to write it in; ``offset``: of its first row in the file ``target``.
             moved: told the bytes read of the checkpoint.
         """

@@ -77,13 +77,17 @@ def check_import(args: ImportArgs) -> Preflight:
 
 def check_export(args: ExportArgs) -> Preflight:
     """Plan an export and check its target and disk; see `preflight`."""
-    publish.check_target(args.target, args.overwrite, args.source)
-    publish.check_target(args.target, args.overwrite, args.adapter)
+    publish.check_target(args.target, args.overwrite, args.source, args.adapter)
     made = plan_export(args)
     needed = sum(s.size for s in made.shards.values())
     notes = _idle_notes(args.layout, made.bytes_per_rank)
     if made.adapter:
         notes.append(f"{len(made.merged)} tensors are merged with the adapter {args.adapter}")
+    if made.rounded and args.dtype is None:
+        notes.append(
+            f"{len(made.rounded)} tensors were trained in a wider dtype than they had before, to which they are rounded; dtype=fp32 "
+            "writes them as they are"
+        )
     if made.dropped:
         notes.append(f"{len(made.dropped)} passed-through tensors (e.g. {made.dropped[0]}) are dropped: mtp=drop")
     return Preflight(
@@ -100,7 +104,7 @@ def check_export_of(made_by: Mapping[str, Any], arguments: Mapping[str, Any]) ->
         UserError: what would stop the export and can be known now.
     """
     export = export_args(**arguments)
-    publish.check_target(export.target, export.overwrite, export.source)
+    publish.check_target(export.target, export.overwrite, export.source, export.adapter)
     mtp = "drop" if "drop" in (export.mtp, made_by["mtp"]) else "keep"
     args = ImportArgs(Path(made_by["model"]), export.source, export.layout, export.dtype or made_by["dtype"], mtp)
     made = plan_import(args)

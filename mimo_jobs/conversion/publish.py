@@ -18,16 +18,17 @@ MAX_NAME = 180  # bytes; the name of the staging directory, with its run id, is 
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
 
 
-def check_target(target: Path, overwrite: bool, source: Path | None = None) -> None:
+def check_target(target: Path, overwrite: bool, *sources: Path | None) -> None:
     """Whether ``target`` can be written.
 
     Raises:
-        UserError: it exists (unless ``overwrite``, and it is a checkpoint or empty), it lies in ``source`` or the other
-            way round, or its parent cannot be written.
+        UserError: it exists (unless ``overwrite``, and it is a checkpoint or empty), it lies in one of ``sources`` or the
+            other way round, or its parent cannot be written.
     """
     real = target.resolve()
-    if source is not None and (real.is_relative_to(source.resolve()) or source.resolve().is_relative_to(real)):
-        raise UsageError(f"target={target} and the source {source} lie in one another; give another target")
+    for source in filter(None, sources):
+        if real.is_relative_to(source.resolve()) or source.resolve().is_relative_to(real):
+            raise UsageError(f"target={target} and the source {source} lie in one another; give another target")
     if len(os.fsencode(target.name)) > MAX_NAME:
         raise UserError(f"{target}: the last part of the name is too long; use at most {MAX_NAME} bytes")
     if (target.exists() or target.is_symlink()) and not overwrite:
@@ -128,15 +129,19 @@ def _abandoned(staging: Path) -> bool:
         return False
 
 
-def publish(staging: Path, target: Path, overwrite: bool) -> None:
+def publish(staging: Path, target: Path, overwrite: bool, fsync: bool = True) -> None:
     """Rename a complete directory to its target. With ``overwrite`` the old one is exchanged atomically, then removed.
+
+    Args:
+        fsync: flush every file in it before, so that a power cut after leaves no empty one behind a finished name.
 
     Raises:
         UserError: the target appeared meanwhile.
     """
     (staging / _OWNER).unlink(missing_ok=True)
     journal.clear(staging)
-    _sync_directory(staging)
+    if fsync:
+        sync_tree(staging)
     if _rename(staging, target, _RENAME_NOREPLACE):
         pass
     elif not overwrite:
@@ -149,7 +154,7 @@ def publish(staging: Path, target: Path, overwrite: bool) -> None:
         os.rename(target, old)
         os.rename(staging, target)
         shutil.rmtree(old, ignore_errors=True)
-    _sync_directory(target.parent)
+    sync(target.parent)
 
 
 def _rename(source: Path, target: Path, flag: int) -> bool:
@@ -168,8 +173,17 @@ def _rename(source: Path, target: Path, flag: int) -> bool:
     raise OSError(error, os.strerror(error), str(target))
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync_tree(directory: Path) -> None:
+    """fsync every file below a directory, and every directory after what it holds."""
+    for place, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            sync(Path(place, name))
+        sync(Path(place))
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -1,7 +1,8 @@
 """The Qwen3.5 decoder as a megatron-core ``GPTModel``: embedding, hybrid layers, head."""
 
-from typing import Any
+from typing import Any, cast
 
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mimo_jobs.layout import Component, padded_vocab, stage_layers
@@ -32,13 +34,39 @@ class LanguageModel(GPTModel):
     Takes position ids of shape (3, batch, seq); logits are (batch, seq, padded vocabulary / tp).
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, rotary_base: float, rotary_percent: float, **kwargs: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        rotary_base: float,
+        rotary_percent: float,
+        tokens: int,
+        **kwargs: Any,
+    ) -> None:
+        """``tokens``: the vocabulary without what pads it to a multiple of tp."""
         super().__init__(config, *args, position_embedding_type="none", **kwargs)
         assert config.mrope_section is not None and config.kv_channels is not None
         self.position_embedding_type = "mrope"
         self.mrope_section = config.mrope_section
         rotary_dim = int(config.kv_channels * rotary_percent)
         self.rotary_pos_emb = InterleavedMRope(rotary_dim, rotary_base, parameter_device(config))
+        self.tokens = tokens
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """As megatron-core's, whose softmax counts the rows that pad the vocabulary: they are no tokens, and stay zero.
+
+        Args:
+            labels: int64 (batch, seq).
+            logits: (seq, batch, padded vocabulary / tp); what is padding is overwritten.
+
+        Returns:
+            (batch, seq).
+        """
+        own, tp = logits.shape[-1], cast(dist.ProcessGroup, self.tp_group)
+        there = max(0, self.tokens - own * tp.rank())
+        if there < own:
+            logits[..., there:] = float("-inf")
+        return super().compute_language_model_loss(labels, logits)
 
     def tie_embeddings_and_output_weights_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -83,6 +111,7 @@ def language_spec(
             layer_specs=[_layer_spec(text.layer_types[i]) for i in layers], layer_norm=RMSNorm
         ),
         vocab_size=padded_vocab(text.vocab_size, component.tp),
+        tokens=text.vocab_size,
         max_sequence_length=text.max_position_embeddings,
         parallel_output=True,  # each tensor rank keeps its slice of the vocabulary
         share_embeddings_and_output_weights=hf.tie_word_embeddings,

@@ -37,11 +37,17 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from mimo_jobs.errors import UsageError
 from mimo_jobs.families import family_of
 from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import ENCODER, BuiltModel
-from mimo_jobs.weights.adapters import AdaptedLinear, adapted_linears, check_stages, scale_of, targeted
+from mimo_jobs.weights.adapters import (
+    AdaptedLinear,
+    adapted_linears,
+    check_settings,
+    check_stages,
+    scale_of,
+    targeted,
+)
 
 if TYPE_CHECKING:
     from mimo_jobs.training.config import Lora
@@ -65,7 +71,7 @@ def add_adapters(built: BuiltModel, lora: "Lora", seed: int = 0) -> None:
     Raises:
         UsageError: a setting is out of its bounds, a target matches nothing, or a pipeline stage would have no adapter.
     """
-    _check(lora)
+    check_settings(lora)
     config = built.hf.to_dict()
     weight_map = family_of(config).weight_map(config)
     modules = targeted(weight_map, lora.targets)
@@ -80,17 +86,6 @@ def add_adapters(built: BuiltModel, lora: "Lora", seed: int = 0) -> None:
             stack.decoder.register_forward_pre_hook(_require_grad, with_kwargs=True)
     if lora.dropout:
         seed_dropout(built, seed)
-
-
-def _check(lora: "Lora") -> None:
-    if not isinstance(lora.rank, int) or lora.rank < 1:
-        raise UsageError(f"lora.rank={lora.rank!r}: expected an integer of at least 1")
-    if not lora.alpha > 0:
-        raise UsageError(f"lora.alpha={lora.alpha!r}: expected a number above 0")
-    if not 0 <= lora.dropout < 1:
-        raise UsageError(f"lora.dropout={lora.dropout!r}: expected a number of at least 0 and below 1")
-    if lora.dora and lora.dropout:
-        raise UsageError(f"lora.dropout={lora.dropout} is not implemented for lora.dora=true; set lora.dropout=0")
 
 
 def adapted_layers(built: BuiltModel) -> dict[str, "AdaptedLayer"]:

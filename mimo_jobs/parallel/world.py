@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jobs.errors import JobFailed
+from mimo_jobs.parallel import attempt
 from mimo_jobs.parallel.progress import REPORT_SECONDS, ProgressFile
 
 CONNECT_SECONDS = 600 if "SLURM_JOB_ID" in os.environ else 120  # ranks of a big Slurm job start minutes apart
 GRACE_SECONDS = 5  # a rank stuck in a system call is ended this long after another failed
 INTERRUPT_SECONDS = 1.0
-RECENT_SECONDS = 10
 FLUSH_SECONDS = 25  # a rank that was asked to stop flushes what it wrote; Slurm's KillWait is 30 s
 INTERRUPTED = "interrupted"
 ENDED, LATE = "ended unexpectedly", "did not start within"
@@ -53,7 +53,6 @@ class World:
         self._reported = 0.0
         self._progress = ProgressFile(self.record) if self.record is not None and rank == 0 else None
         self._closing = False
-        self._born = time.time()
         self._watchdog: threading.Timer | None = None
         self._readers: list[threading.Thread] = []
         self._clean_ups: list[Callable[[], None]] = []
@@ -82,9 +81,8 @@ class World:
     @property
     def _address_file(self) -> Path:
         assert self.record is not None
-        env = os.environ
-        attempt = env.get("MIMO_JOBS_ATTEMPT") or env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return self.record / f".rank0-address-{attempt}.json"
+        which = attempt.name() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return self.record / f".rank0-address-{which}.json"
 
     def _listen(self) -> None:
         server = socket.create_server(("", 0), backlog=self.size)
@@ -121,7 +119,7 @@ class World:
         while True:
             try:
                 address = json.loads(self._address_file.read_text())
-                if "failed" in address and self._is_recent():
+                if "failed" in address and not self._is_left_over():
                     raise JobFailed(address["failed"])
                 hosts = ["127.0.0.1"] if own in address["hosts"] else address["hosts"]
                 peer = _first_connection(hosts, address["port"])
@@ -141,16 +139,16 @@ class World:
     def _rank_0_is_dead(self) -> bool:
         """Whether rank 0 published an address of this run, on this host, and its process is gone."""
         try:
-            if not self._is_recent():
+            if self._is_left_over():
                 return False
             address = json.loads(self._address_file.read_text())
             return address["hosts"][0] == socket.gethostname() and not Path(f"/proc/{address['pid']}").exists()
         except (OSError, ValueError, KeyError, IndexError):
             return False
 
-    def _is_recent(self) -> bool:
-        """Not left by an earlier run of the same record."""
-        return self._address_file.stat().st_mtime > self._born - RECENT_SECONDS
+    def _is_left_over(self) -> bool:
+        """Whether the address is that of an earlier run of the same record."""
+        return attempt.is_earlier(self._address_file, attempt.name())
 
     # ------------------------------------------------------------------------------------------------- messages
 

@@ -16,6 +16,7 @@ FEW_POINTS = 30  # that are shown one by one
 MOST_BARS = 300
 MOST_MARKS = 200
 LARGEST = 1e30  # beyond it a number is as good as infinite, and a scale would overflow
+SMALLEST = 1e-30  # below it a stretch is as good as none, and a tick's step would be 0
 LOG_FROM = 50  # a curve whose largest value is this many times its smallest is read better on a logarithmic scale
 
 Point = tuple[float, float]
@@ -149,7 +150,8 @@ def stacked_chart(
     known = {x: y for x, y in whole if usable(y) and y > 0}
     wholes = [statistics.fmean(found) if (found := [known[x] for x in g if x in known]) else 0.0 for g in groups]
     across = Scale(edges[0], edges[-1]) if over is None else Scale(min(edges[0], over[0]), max(edges[-1], over[1]))
-    up = Scale(0.0, max(sums + wholes) * 1.05 or 1.0)
+    top = max(sums + wholes)
+    up = Scale(0.0, top * 1.05 if top > SMALLEST else 1.0)
     middles, below, curves, lines = [g[len(g) // 2] for g in groups], [0.0] * len(groups), [], []
     for name, (style, _) in parts.items():
         above = [b + m[name] for b, m in zip(below, means, strict=True)]
@@ -221,9 +223,10 @@ def _up(values: Sequence[float], zero: bool, log: bool) -> Scale:
     low, high = min(values), max(values)
     if log and low > 0 and high / low > LOG_FROM:
         return Scale(low / 1.15, high * 1.15, True)
-    margin = 0.06 * ((high - low) or abs(high) or 1.0)
+    stretch = (high - low) or abs(high)
+    margin = 0.06 * (stretch if stretch > SMALLEST else 1.0)
     if zero and low >= 0:
-        return Scale(0.0, high + margin or 1.0)
+        return Scale(0.0, high + margin)
     return Scale(low - margin, high + margin)
 
 

@@ -18,9 +18,8 @@ from mimo_jobs.records import RunRecord, read_json
 from mimo_jobs.report import charts
 from mimo_jobs.report.charts import Chart, Line
 from mimo_jobs.training import history
-from mimo_jobs.training.history import History
+from mimo_jobs.training.history import PARTS, History
 
-PARTS = ("images", "language", "waiting", "data", "optimizer")
 MOST_EVENTS = 300
 MOST_BAD = 200
 MOST_NODES = 1024
@@ -377,31 +376,23 @@ def _parity(seen: SeenRun) -> Iterator[tuple[str, str, list[Fact]]]:
                 ]  # fmt: skip
                 yield one.step.name, "bit-exact" if found["equal"] else "not proven", facts
             elif one.step.job == "export_hf" and isinstance(found.get("parity"), Mapping):
-                parity = found["parity"]
-                said = (
-                    f"{parity['equal']:,} of {found['tensors']:,} tensors have the digests of the source"
-                    if parity["verified"]
-                    else "not verified (verify=false)"
-                )
-                merged = int(parity.get("merged") or 0)
-                facts = [
-                    Fact("result", said),
-                    Fact("cast", str(parity["cast"])),
-                    *(
-                        [Fact("merged", f"{merged:,} with the adapter; before it, equal to the source")]
-                        if merged
-                        else []
-                    ),
-                    Fact("certificate", str(found["certificate"])),
-                ]
-                known = parity["equal"] + parity["cast"] + merged == found["tensors"]
-                yield (
-                    one.step.name,
-                    "not proven" if not (parity["verified"] and known) else "merged" if merged else "bit-exact",
-                    facts,
-                )
+                yield one.step.name, *_export_parity(found, found["parity"])
         except (KeyError, TypeError, ValueError, AttributeError):
             yield one.step.name, "not proven", [Fact("result", "its certificate is damaged")]
+
+
+def _export_parity(found: Mapping[str, Any], parity: Mapping[str, Any]) -> tuple[str, list[Fact]]:
+    whose = "checkpoint" if found.get("trained") else "source"
+    said = f"{parity['equal']:,} of {found['tensors']:,} tensors have the digests of the {whose}"
+    facts = [Fact("result", said if parity["verified"] else "not verified (verify=false)")]
+    facts.append(Fact("cast", console.cast_words(found.get("casts") or {}) or "none"))
+    merged = int(parity.get("merged") or 0)
+    if merged:
+        facts.append(Fact("merged", f"{merged:,} with the adapter; before it, equal to the {whose}"))
+    facts.append(Fact("certificate", str(found["certificate"])))
+    if not parity["verified"] or parity["equal"] + parity["cast"] + merged != found["tensors"]:
+        return "not proven", facts
+    return "merged" if merged else "cast" if parity["cast"] else "bit-exact", facts
 
 
 def _events(seen: SeenRun, logged: Mapping[str, History]) -> Iterator[Happened]:

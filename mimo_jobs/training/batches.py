@@ -8,7 +8,7 @@ the device.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,23 +19,7 @@ from transformers import PreTrainedConfig
 from mimo_jobs.modeling.forward import mrope_position_ids
 from mimo_jobs.modeling.mimo import ImagePlaces
 from mimo_jobs.modeling.vision import Padding
-
-IGNORED = -100  # a label without loss, as in Hugging Face
-
-
-class Encoded(Protocol):
-    """A tokenised sample: int64 (seq,) ids and labels (already shifted, `IGNORED` without loss), int64 (images, 3) grids."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def image_grid_thw(self) -> Tensor: ...
-
-
-Pixels = tuple[Tensor, Tensor]
-"""(patches, features) float32 and int64 (images, 3), of one sample."""
+from mimo_jobs.training.data.encode import IGNORED, Encoded
 
 
 @dataclass(frozen=True)
@@ -152,12 +136,12 @@ def padding_of(table: StepTable, shares: Shares, microbatch: int) -> int:
 
 
 def images_inputs(
-    table: StepTable, shares: Shares, microbatch: int, replica: int, pixels: Mapping[int, Pixels]
+    table: StepTable, shares: Shares, microbatch: int, replica: int, pixels: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[str, Any] | None:
     """Arguments of ``VisionTower.forward``, or None when no rank has an image to encode.
 
     Args:
-        pixels: position of a sample -> its pixels; samples without images may be missing.
+        pixels: position of a sample -> float32 (patches, features) and int64 (images, 3); samples without images may be missing.
     """
     rows = shares.images_rows(microbatch, replica)
     made = [pixels[s] for row in rows for s in table.rows[row] if table.image_tokens[s]]

@@ -7,7 +7,8 @@ from typing import Any
 
 from mimo_jobs.errors import UsageError
 from mimo_jobs.layout import LANGUAGE, ResolvedLayout, check_batch
-from mimo_jobs.training.config import Dataset, Logging, Lora, Optimizer, Saving, Stop, Validation
+from mimo_jobs.training.config import Dataset, Logging, Optimizer, Saving, Stop, Validation
+from mimo_jobs.weights import adapters
 
 
 def check_settings(arguments: Mapping[str, Any], layout: ResolvedLayout) -> None:
@@ -35,10 +36,11 @@ def check_settings(arguments: Mapping[str, Any], layout: ResolvedLayout) -> None
     _least("seed", arguments["seed"], 0)
     _check_places(arguments)
     _check_data(arguments["dataset"])
-    _check_often(arguments["validation"], arguments["saving"], arguments["logging"])
+    _check_often(arguments["validation"], arguments["saving"])
+    check_logging(arguments["logging"])
     _check_stop(arguments["stop"])
     if (lora := arguments.get("lora")) is not None:
-        _check_lora(lora)
+        adapters.check_settings(lora)
 
 
 def check_optimizer(settings: Optimizer, steps: int) -> None:
@@ -84,6 +86,25 @@ def check_values(settings: Optimizer) -> None:
             raise UsageError(f"optimizer.{name}={value:g} is below optimizer.min_lr={settings.min_lr:g}; lower min_lr")
 
 
+def check_logging(logging: Logging) -> None:
+    """Raises `UsageError` for a number that makes no sense, and for a secret: settings are written to logs, records and reports."""
+    _least("logging.every", logging.every, 1)
+    if logging.peak_tflops is not None:
+        _above("logging.peak_tflops", logging.peak_tflops, 0)
+    if _has_credentials(logging.mlflow or ""):
+        raise UsageError(
+            "logging.mlflow has a user or password in it (before the @), which would be written to logs and records; give the "
+            "address alone, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+
+
+def _has_credentials(uri: str) -> bool:
+    """Whether a password stands before a host's @, or a user alone, who for a server is a token. A password may hold a / too."""
+    scheme, separator, rest = uri.partition("://")
+    user, at, _ = rest.rpartition("@")
+    return bool(separator and at) and not rest.startswith("/") and (":" in user or scheme.lower() in ("http", "https"))
+
+
 def notes(arguments: Mapping[str, Any], layout: ResolvedLayout) -> list[str]:
     """What is allowed but does nothing, or not what was meant."""
     found = []
@@ -102,7 +123,7 @@ def notes(arguments: Mapping[str, Any], layout: ResolvedLayout) -> list[str]:
 
 
 def _check_data(data: Dataset) -> None:
-    _least("dataset.max_length", data.max_length, 1)
+    _least("dataset.max_length", data.max_length, 2)  # a token, and the one to predict
     for name, least in (("max_pixels", 1), ("min_pixels", 1), ("workers", 0), ("prefetch", 1)):
         if (value := getattr(data, name)) is not None:
             _least(f"dataset.{name}", value, least)
@@ -110,14 +131,11 @@ def _check_data(data: Dataset) -> None:
         raise UsageError(f"dataset.min_pixels={data.min_pixels} is above dataset.max_pixels={data.max_pixels}")
 
 
-def _check_often(validation: Validation, saving: Saving, logging: Logging) -> None:
+def _check_often(validation: Validation, saving: Saving) -> None:
     _least("saving.every", saving.every, 0)
     _least("saving.keep", saving.keep, 1)
     _least("validation.every", validation.every, 0)
     _least("validation.samples", validation.samples, 0)
-    _least("logging.every", logging.every, 1)
-    if logging.peak_tflops is not None:
-        _above("logging.peak_tflops", logging.peak_tflops, 0)
 
 
 def _check_stop(stop: Stop) -> None:
@@ -125,15 +143,6 @@ def _check_stop(stop: Stop) -> None:
         _above("stop.max_loss", stop.max_loss, 0)
     if stop.spike is not None:
         _above("stop.spike", stop.spike, 1)
-
-
-def _check_lora(lora: Lora) -> None:
-    _least("lora.rank", lora.rank, 1)
-    _above("lora.alpha", lora.alpha, 0)
-    _least("lora.dropout", lora.dropout, 0)
-    _below("lora.dropout", lora.dropout, 1)
-    if lora.dora and lora.dropout:
-        raise UsageError(f"lora.dropout={lora.dropout:g} is not implemented for lora.dora=true; set lora.dropout=0")
 
 
 def _least(field: str, value: float, bound: float) -> None:

@@ -116,7 +116,7 @@ class Logging:
         every: steps between two lines of metrics.jsonl
         tensorboard: write TensorBoard events
         wandb: Weights & Biases project
-        mlflow: MLflow tracking URI
+        mlflow: MLflow tracking URI; user and password are for MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
         name: name of the run at Weights & Biases and MLflow
         peak_tflops: dense matrix rate of one GPU in the precision used, for the utilisation; without it from the card's name
     """

@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mimo_jobs.layout import IMAGES, LANGUAGE
+
 FILE = "metrics.jsonl"
+PARTS = (IMAGES, LANGUAGE, "waiting", "data", "optimizer")  # of a step's time, as ``seconds.images``
 LARGEST = 1 << 53  # beyond it a step is damage
 NO_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 Kind = Literal["note", "checkpoint", "warning", "bad sample"]
@@ -100,8 +103,7 @@ def read(directory: Path) -> History | None:
                     _take(history, one)
     except OSError:
         return None
-    for name in ("steps", "validation"):
-        setattr(history, name, dict(sorted(getattr(history, name).items())))
+    history.steps, history.validation = dict(sorted(history.steps.items())), dict(sorted(history.validation.items()))
     return history if found else None
 
 

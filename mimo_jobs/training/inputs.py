@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -56,19 +57,14 @@ def rows_of(args: TrainArgs, source: Source, encoder: Encoder, world: World) -> 
     order = Order(len(source), args.seed, args.dataset.shuffle)
     if args.dataset.packing:
         lengths, bad = _lengths(args, source, encoder, world)
-        packs: dict[int, Sequence[Sequence[int]]] = {}
 
+        @cache  # indexes, of which a run has few epochs
         def epoch_rows(epoch: int) -> Sequence[Sequence[int]]:
-            if epoch not in packs:
-                packs[epoch] = pack(lengths, order.epoch(epoch), args.dataset.max_length)
-            return packs[epoch]
+            return pack(lengths, order.epoch(epoch), args.dataset.max_length)
 
-        first = len(epoch_rows(0))
-        steps, stop = steps_and_stop(
-            first, args.global_batch_size, args.steps, args.epochs, lambda e: len(epoch_rows(e))
-        )
+        steps, stop = steps_and_stop(lambda e: len(epoch_rows(e)), args.global_batch_size, args.steps, args.epochs)
         return Rows(epoch_rows, args.global_batch_size, stop), steps, bad
-    steps, stop = steps_and_stop(len(source), args.global_batch_size, args.steps, args.epochs)
+    steps, stop = steps_and_stop(lambda _: len(source), args.global_batch_size, args.steps, args.epochs)
     return Rows(lambda epoch: [[int(i)] for i in order.epoch(epoch)], args.global_batch_size, stop), steps, []
 
 

@@ -21,6 +21,8 @@ from mimo_jobs.parallel.world import World
 from mimo_jobs.training.checkpoints import Checkpoints
 from mimo_jobs.training.config import Stop
 from mimo_jobs.training.feeder import Feeder, Step
+from mimo_jobs.training.flops import utilisation
+from mimo_jobs.training.history import PARTS
 from mimo_jobs.training.metrics import Metrics
 from mimo_jobs.training.optimizer import Updates
 from mimo_jobs.training.saved import Saved, completed
@@ -30,7 +32,6 @@ from mimo_jobs.training.stopwatch import Stopwatch
 WINDOW = 32  # steps whose median a spike is measured against
 NAMED = 8  # samples named in an error
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PARTS = (IMAGES, LANGUAGE, "waiting", "data", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,8 @@ def _log(
     }  # fmt: skip
     if rates.get(IMAGES, rate) != rate:
         values["lr_images"] = rates[IMAGES]
-    if run.peak_tflops:
-        values["mfu"] = run.flops(step) / (seconds * run.world.size * run.peak_tflops * 1e12)
+    if (used := utilisation(run.flops(step), seconds, run.world.size, run.peak_tflops)) is not None:
+        values["mfu"] = used
     if torch.cuda.is_available():
         values["memory_bytes"] = torch.cuda.max_memory_allocated()
     _tell_problems(run, step)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from mimo_jobs.errors import UsageError
 from mimo_jobs.training import history
+from mimo_jobs.training.checks import check_logging
 from mimo_jobs.training.config import Logging
 from mimo_jobs.training.history import Kind, Values
 
@@ -29,7 +30,8 @@ LONGEST = 250  # characters of a parameter at MLflow
 
 
 def check(logging: Logging) -> None:
-    """Raise a `UsageError` when a package that ``logging`` asks for is not installed. Imports none of them."""
+    """See `checks.check_logging`; also raises a `UsageError` when a package that is asked for is not installed. Imports none of them."""
+    check_logging(logging)
     asked = {
         "tensorboard": ("tensorboard", logging.tensorboard),
         "wandb": ("wandb", logging.wandb),
@@ -44,8 +46,6 @@ def check(logging: Logging) -> None:
             raise UsageError(
                 f"logging.{field}={value}: {package} is not installed; pip install {package}, or set logging.{field}={off}"
             )
-    if logging.every < 1:
-        raise UsageError(f"logging.every={logging.every}: expected at least 1")
 
 
 class Sink(Protocol):

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mimo_jobs.checkpoint.manifest import MANIFEST_NAME
+from mimo_jobs.checkpoint.manifest import is_mimo
 from mimo_jobs.checkpoint.peft_dir import check_adapter, check_base, layout_of, read_peft
 from mimo_jobs.conversion import preflight, publish
 from mimo_jobs.conversion.exporter import ExportArgs, ExportPlan, plan_export
@@ -19,9 +19,9 @@ from mimo_jobs.training import checks, memory
 from mimo_jobs.training.config import Dataset, Lora
 from mimo_jobs.training.memory import Memory
 from mimo_jobs.training.rows import steps_and_stop
-from mimo_jobs.training.saved import completed, steps_directory
+from mimo_jobs.training.saved import checkpoint_directory, completed, steps_directory
 from mimo_jobs.weights import plan as plans
-from mimo_jobs.weights.adapters import adapted_linears, check_stages, targeted
+from mimo_jobs.weights.adapters import adapted_linears, check_settings, check_stages, targeted
 
 LOOKED_AT = 16  # rows that are tried before anything starts
 COUNTED = 4 << 30  # bytes of JSON whose lines are counted
@@ -91,8 +91,7 @@ def check_training(
     needs, parameters, trained = _memory(arguments, made, adapters)
     written = 4 * trained if adapters else parameters * ITEMSIZE[arguments["precision"]]
     step_bytes = written + MASTER * trained
-    needed = _disk(arguments, written, step_bytes)
-    free = publish.check_space(target, needed - _there(arguments))
+    needed, free = _disk(arguments, written, step_bytes)
     return TrainingPreflight(
         layout, steps, samples, parameters, trained, needs, needed, free, step_bytes, notes, preflight.held(made), preflight.allowed(made)
     )  # fmt: skip
@@ -104,7 +103,7 @@ def _plan(
     """The source's tensors under the layout; its files are looked at."""
     if made_by is not None:
         return plan_import(ImportArgs(Path(made_by["model"]), target, layout, made_by["dtype"], made_by["mtp"]))
-    if (source / MANIFEST_NAME).exists():
+    if is_mimo(source):
         return plan_export(ExportArgs(source, target, layout))
     return plan_import(ImportArgs(source, target, layout))
 
@@ -114,7 +113,7 @@ def _steps(arguments: Mapping[str, Any], samples: int | None) -> int | None:
         return arguments["steps"]
     if samples is None or arguments["dataset"].packing:
         return None
-    return steps_and_stop(samples, arguments["global_batch_size"], None, arguments["epochs"])[0]
+    return steps_and_stop(lambda _: samples, arguments["global_batch_size"], None, arguments["epochs"])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -214,6 +213,7 @@ def _adapters(lora: Lora | None, made: ImportPlan | ExportPlan, source: Path | N
         if source is not None and isinstance(made, ExportPlan):
             check_base(found, made.manifest, source)
         lora = found.applied_to(lora)
+        check_settings(lora)
     check_stages(weight_map, targeted(weight_map, lora.targets), lora.targets, layout)
     return lora
 
@@ -283,24 +283,21 @@ def _adapter_total(made: ImportPlan | ExportPlan, lora: Lora) -> int:
     return sum(math.prod(shape) for _, _, shape in entries)
 
 
-def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int) -> int:
-    """Bytes where the target goes: of itself, and of the checkpoints of steps, one more than are kept while the newest is written.
+def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int) -> tuple[int, int]:
+    """Bytes needed and free where the target goes: of itself and, on the same disk, of the checkpoints of steps.
+
+    Of these there is one more than are kept while the newest is written; they take the room of those that are there already.
 
     Raises:
-        UserError: the checkpoints go to another disk, which has no room for them.
+        UserError: there is not enough, or not where the checkpoints go.
     """
-    steps = step_bytes * (arguments["saving"].keep + 1)
-    place = steps_directory(Path(arguments["target"]), arguments["saving"].directory)
-    if _device(place) == _device(Path(arguments["target"])):
-        return written + steps
-    publish.check_space(place, steps - _there(arguments))
-    return written
-
-
-def _there(arguments: Mapping[str, Any]) -> int:
-    """Bytes of the checkpoints of steps that are there already, whose room the new ones take."""
-    place = steps_directory(Path(arguments["target"]), arguments["saving"].directory)
-    return sum(p.stat().st_size for _, step in completed(place) for p in step.iterdir() if p.is_file())
+    target, steps = Path(arguments["target"]), step_bytes * (arguments["saving"].keep + 1)
+    place = steps_directory(target, arguments["saving"].directory)
+    there = sum(p.stat().st_size for _, step in completed(place) for p in step.iterdir() if p.is_file())
+    if _device(place) == _device(target):
+        return written + steps, publish.check_space(target, written + steps - there)
+    publish.check_space(checkpoint_directory(place, 1), steps - there)
+    return written, publish.check_space(target, written)
 
 
 def _device(place: Path) -> int:

@@ -41,25 +41,19 @@ class Rows:
 
 
 def steps_and_stop(
-    rows_of_epoch: int,
-    global_batch_size: int,
-    steps: int | None,
-    epochs: float,
-    count: Callable[[int], int] | None = None,
+    rows_of_epoch: Callable[[int], int], global_batch_size: int, steps: int | None, epochs: float
 ) -> tuple[int, int]:
     """Optimizer steps of a run, and after how many rows it stops.
 
     Args:
-        rows_of_epoch: rows of the first epoch.
+        rows_of_epoch: epoch -> its rows.
         steps: if given, so many full steps, whatever ``epochs`` says.
         epochs: may be a fraction; the last step holds what is left.
-        count: rows of an epoch, where they differ.
     """
     if steps is not None:
         return steps, steps * global_batch_size
     whole = int(epochs)
-    stop = sum(count(e) if count else rows_of_epoch for e in range(whole))
+    stop = sum(map(rows_of_epoch, range(whole)))
     if epochs > whole:
-        last = count(whole) if count else rows_of_epoch
-        stop += max(1, round((epochs - whole) * last))
+        stop += max(1, round((epochs - whole) * rows_of_epoch(whole)))
     return -(-stop // global_batch_size), stop

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mimo_jobs.checkpoint import torch_dist
-from mimo_jobs.checkpoint.manifest import HF_DIR, MANIFEST_NAME, read_config, read_manifest, write_manifest
+from mimo_jobs.checkpoint.manifest import HF_DIR, is_mimo, read_config, read_manifest, write_manifest
 from mimo_jobs.checkpoint.model_io import MODEL_PREFIXES, load_model, save_model
 from mimo_jobs.checkpoint.peft_dir import base_digest, read_peft
 from mimo_jobs.conversion import identity, publish
@@ -21,6 +21,7 @@ from mimo_jobs.conversion.carried import Carried, carry, exported_digests
 from mimo_jobs.conversion.fill import fill_model
 from mimo_jobs.conversion.importer import ImportArgs, plan_import
 from mimo_jobs.errors import UserError
+from mimo_jobs.families import family_of
 from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import BuiltModel, build
 from mimo_jobs.modeling.lora import add_adapters
@@ -41,6 +42,7 @@ from mimo_jobs.training.rows import Rows
 from mimo_jobs.training.saved import CARRIED, Saved, clear_partial, make_way, newest, read
 from mimo_jobs.training.step import component_module, run_step, watch_images, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
+from mimo_jobs.weights.adapters import projections, targeted
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -112,7 +114,7 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     if validation is not None:
         run.validate = partial(_validate, args, built, validation, encoder, device)
     log = _metrics(args, world, run, steps, len(source))
-    with log if log is not None else _Nothing():
+    with log or contextlib.nullcontext():
         run.metrics = log
         if log is not None and found is None:
             for problem in left_out:
@@ -153,11 +155,6 @@ def _going_on(args: TrainArgs, data: Mapping[str, Any], world: World) -> tuple[P
     return found
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
 def _validate(
     args: TrainArgs, built: BuiltModel, source: Source, encoder: Encoder, device: torch.device, stop_asked: Callable[[], bool]
 ) -> Validated | None:  # fmt: skip
@@ -188,11 +185,6 @@ def _validate(
 
 
 # --------------------------------------------------------------------------------------------------------------- model
-
-
-def is_mimo(source: Path) -> bool:
-    """Whether a source is a MIMO checkpoint; else it is a Hugging Face directory."""
-    return (source / MANIFEST_NAME).exists()
 
 
 def _processor(source: Path) -> Path:
@@ -262,11 +254,9 @@ def _flops(args: TrainArgs, built: BuiltModel) -> Any:
     language: flops.Training = "lora" if args.lora else "passed" if args.freeze == LANGUAGE else "trained"
     images: flops.Training = "frozen" if args.freeze == IMAGES else "trained"
     if args.lora is not None:
-        images = (
-            "lora"
-            if any("visual" in name for name in args.lora.targets.split(",")) or IMAGES in args.lora.targets
-            else "frozen"
-        )
+        weight_map = family_of(source_config(args.source)).weight_map(source_config(args.source))
+        adapted = {projections(weight_map)[m].component for m in targeted(weight_map, _lora(args).targets)}
+        images = "lora" if IMAGES in adapted else "frozen"
 
     def of_step(step: Step) -> float:
         table = step.table

@@ -5,13 +5,14 @@ megatron-core fuses projections (q, k and v; gate and up; the inputs of Gated De
 layer. B has one row for each row of the weight, so a family's `Rule` says for B too which row is which.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from mimo_jobs.errors import UsageError, did_you_mean
 from mimo_jobs.families.spec import BoundTensor, Cut, WeightMap
-from mimo_jobs.layout import ResolvedLayout, stage_layers
+from mimo_jobs.layout import LANGUAGE, ResolvedLayout, stage_layers
 from mimo_jobs.weights import plan as plans
 from mimo_jobs.weights.rules import segments, stored_rows
 
@@ -31,6 +32,24 @@ class Settings(Protocol):
     def rslora(self) -> bool: ...
     @property
     def dora(self) -> bool: ...
+    @property
+    def dropout(self) -> float: ...
+
+
+def check_settings(settings: Settings) -> None:
+    """Whether an adapter can be made like that.
+
+    Raises:
+        UsageError: a setting is out of its bounds, or two do not go together.
+    """
+    if not isinstance(settings.rank, int) or settings.rank < 1:
+        raise UsageError(f"lora.rank={settings.rank}: expected an integer of at least 1")
+    if not (settings.alpha > 0 and math.isfinite(settings.alpha)):
+        raise UsageError(f"lora.alpha={settings.alpha:g}: expected a number above 0")
+    if not 0 <= settings.dropout < 1:
+        raise UsageError(f"lora.dropout={settings.dropout:g}: expected a number of at least 0 and below 1")
+    if settings.dora and settings.dropout:
+        raise UsageError(f"lora.dropout={settings.dropout:g} is not implemented for lora.dora=true; set lora.dropout=0")
 
 
 def scale_of(settings: Settings) -> float:
@@ -97,7 +116,7 @@ def _ends(module: str, name: str) -> bool:
 
 def _ending(projection: Projection) -> str:
     """How users know it: the vision tower's last words (qkv, proj) say little alone."""
-    return ".".join(projection.module.split(".")[-1 if projection.component == "language" else -2 :])
+    return ".".join(projection.module.split(".")[-1 if projection.component == LANGUAGE else -2 :])
 
 
 def target_modules(weight_map: WeightMap, modules: Sequence[str]) -> list[str]:
@@ -128,8 +147,8 @@ def check_stages(weight_map: WeightMap, modules: Iterable[str], targets: str, la
         UsageError: naming the first stage without one.
     """
     known = projections(weight_map)
-    pp = layout.components["language"].pp
-    layers = {weight_map.rules[known[m].rule].stage for m in modules if known[m].component == "language"}
+    pp = layout.components[LANGUAGE].pp
+    layers = {weight_map.rules[known[m].rule].stage for m in modules if known[m].component == LANGUAGE}
     for stage, held in enumerate(stage_layers(weight_map.num_layers, pp)) if layers else ():
         if layers.isdisjoint(held):
             raise UsageError(

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
@@ -20,6 +20,7 @@ from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import ENCODER, BuiltModel
 from mimo_jobs.modeling.forward import mrope_position_ids
 from mimo_jobs.modeling.lora import MAGNITUDE, adapted_layers
+from mimo_jobs.training.step import trained_components, wrap_for_training
 from tests.gloo.batches import Batch, hf_logits
 from tests.gloo.reference_weights import reference_parameters
 
@@ -128,25 +129,10 @@ def _checkpoint_key(built: BuiltModel, name: str) -> str:
     return f"language_model.{rest}"
 
 
-def wrap(built: BuiltModel, distributed_optimizer: bool = False) -> dict[str, DistributedDataParallel]:
+def wrap(built: BuiltModel, sharded: bool = False) -> dict[str, DistributedDataParallel]:
     """Wrap the components that train, as training does."""
-    config, wrapped, model = (
-        DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
-        {},
-        built.model,
-    )
-    for component in built.groups:
-        inner = model.language_model if component == LANGUAGE else model.modality_submodules[IMAGES]
-        if not any(p.requires_grad for p in inner.parameters()):
-            continue
-        made = DistributedDataParallel(built.configs[component], config, inner, pg_collection=built.groups[component])
-        if component == LANGUAGE:
-            made.set_input_tensor = made.module.set_input_tensor
-            model.language_model = made
-        else:
-            model.modality_submodules[IMAGES] = made
-        wrapped[component] = made
-    return wrapped
+    wrap_for_training(built, sharded=sharded)
+    return trained_components(built)
 
 
 def gradients(built: BuiltModel, wrapped: Mapping[str, DistributedDataParallel], batch: Batch) -> float | None:

@@ -7,14 +7,12 @@ import torch
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.layout import ParallelLayout
 from mimo_jobs.modeling.build import build
-from mimo_jobs.training.batches import Shares
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.optimizer import make_optimizer
-from mimo_jobs.training.step import run_step, wrap_for_training
-from mimo_jobs.training.stopwatch import Stopwatch
+from mimo_jobs.training.step import wrap_for_training
 from tests.gloo.processes import run_ranks
 from tests.gloo.reference_weights import load_reference
-from tests.gloo.training import microbatches_of, table_of
+from tests.gloo.training import train_step
 
 LAYOUTS = {
     "one rank": ParallelLayout(Layout(), Layout(), 1),
@@ -40,19 +38,7 @@ def _losses(
     load_reference(built, weights)
     wrap_for_training(built)
     updates = make_optimizer(built, settings, steps)
-    components = layout.resolve().components
-    dp = components["language"].dp
-    shares = Shares(dp, components["images"].dp, 2, batch // dp // 2)
-    losses = []
-    for step in range(steps):
-        chosen = batch_of(samples, batch, step)
-        table = table_of(chosen, [[i] for i in range(batch)])
-        updates.set_step(step)
-        total = table.total(table.loss_tokens)
-        losses.append(run_step(built, microbatches_of(built, chosen, table, shares), total, Stopwatch()).item() / total)
-        changed, _ = updates.apply()
-        assert changed
-    return losses
+    return [train_step(built, updates, batch_of(samples, batch, step), step) for step in range(steps)]
 
 
 def batch_of(samples: Any, batch: int, step: int) -> Any:

@@ -11,8 +11,8 @@ COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30), 
 SIZES = ((32, 32), (48, 32), (32, 64), (64, 64))
 
 
-def write_data(directory: Path, count: int, *, text_every: int = 5) -> Path:
-    """``count`` questions about pictures of one colour, in sizes that differ; every ``text_every``-th has no picture."""
+def write_data(directory: Path, count: int) -> Path:
+    """``count`` questions about pictures of one colour, in sizes that differ; every fifth has no picture."""
     directory.mkdir(parents=True, exist_ok=True)
     choose = random.Random(0)
     rows = []
@@ -21,7 +21,7 @@ def write_data(directory: Path, count: int, *, text_every: int = 5) -> Path:
         Image.new("RGB", choose.choice(SIZES), COLOURS[name]).save(directory / f"{i}.png")
         question: Any = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": f"Which colour? {i}"}]
         answer = f"It is {name} {i * 7 % 13}."
-        if text_every and i % text_every == text_every - 1:
+        if i % 5 == 4:
             question, answer = f"Say {i}", f"{i} it is"
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     file = directory / "train.jsonl"

@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from mimo_jobs import worker
 from mimo_jobs.conversion.preflight import as_layout
 from mimo_jobs.training import history
+from tests.conversion_ranks import job_file
 
 ONE = {"language": {}, "images": {}, "world_size": 1}
 DATA_PARALLEL = {"language": {"dp": 2}, "images": {"dp": 2, "rank_offset": 0}, "world_size": 2}
@@ -68,30 +68,14 @@ class Job:
 
     Args:
         before: called in each rank before it begins, with its number; to put a fault in.
-        file_limit: rank -> bytes after which its writes fail, as on a full disk.
     """
 
     def __init__(
-        self, record: Path, job: str, layout: dict | None, *, before: Callable[[int], None] | None = None,
-        file_limit: dict[int, int] | None = None, **arguments: Any,
-    ) -> None:  # fmt: skip
-        record.mkdir(parents=True, exist_ok=True)
-        self.record, self._before, self._limit, self._started = record, before, file_limit or {}, time.monotonic()
-        with suppress(FileNotFoundError):  # an attempt that began sooner than users can might take it for its own
-            os.utime(record / "result.json", (0, 0))
-        size = as_layout(layout).resolve().world_size if layout else 1
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()} | (
-            {"layout": layout} if layout else {}
-        )
-        spec = {
-            "schema": 1,
-            "job": job,
-            "run_id": record.name,
-            "world_size": size,
-            "record": str(record),
-            "arguments": plain,
-        }
-        (record / "JOB.json").write_text(json.dumps(spec))
+        self, record: Path, job: str, layout: dict, *, before: Callable[[int], None] | None = None, **arguments: Any
+    ) -> None:
+        self.record, self._before, self._started = record, before, time.monotonic()
+        self._file = job_file(record, job, layout, arguments)
+        size = as_layout(layout).resolve().world_size
         self._codes: dict[int, int] = {}
         self.pids = [self._fork(rank, size) for rank in range(size)]
 
@@ -153,7 +137,7 @@ class Job:
         try:
             os.setpgrp()
             self._become(rank, size)
-            code = worker.main([str(self.record / "JOB.json")])
+            code = worker.main([str(self._file)])
             atexit._run_exitfuncs()
         except BaseException:
             traceback.print_exc()
@@ -179,13 +163,11 @@ class Job:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), OMP_NUM_THREADS="1")
         warnings.filterwarnings("ignore")
         torch.set_num_threads(1)
-        if rank in self._limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit[rank], self._limit[rank]))
         if self._before is not None:
             self._before(rank)
 
 
-def run_job(record: Path, job: str, layout: dict | None, *, timeout: float = 90, **arguments: Any) -> Ended:
+def run_job(record: Path, job: str, layout: dict, *, timeout: float = 90, **arguments: Any) -> Ended:
     """Run a job to its end."""
     with Job(record, job, layout, **arguments) as started:
         return started.end(timeout)

@@ -1,7 +1,9 @@
 """Killed ranks, killed jobs, a full disk: all ranks end, the first error is what one sees, nothing published is lost."""
 
+import json
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -99,6 +101,30 @@ def test_a_killed_job_publishes_nothing_and_the_next_one_clears_up(tmp_path, big
     ) == [0, 0, 0]
     assert_same_directory(source, tmp_path / "out")
     assert not list(tmp_path.glob(".out.partial-*"))
+
+
+LEFT = [
+    {},
+    {"failed": "the word of an earlier rank 0"},
+    {"port": 1, "token": "x", "hosts": [socket.gethostname()], "pid": 1 << 22},  # killed
+]
+
+
+@pytest.mark.parametrize("left", LEFT, ids=["nothing", "a word", "a dead rank 0"])
+def test_a_repetition_right_after_a_failure_takes_nothing_that_it_left_for_its_own(tmp_path, left):
+    record, target = tmp_path / "r", tmp_path / "place" / "mimo"
+    arguments = {"model": make_hf(tmp_path / "hf"), "fsync": False, "target": target}
+    target.parent.write_text("in the way")
+    assert wait(start_worker(record, "import_hf", LAYOUT, **arguments)) == [1, 1, 1]
+    assert "is a file" in result(record)["error"]["message"]
+    target.parent.unlink()
+    if left:
+        (record / ".rank0-address-0.json").write_text(json.dumps(left))
+        os.utime(record / ".rank0-address-0.json", (time.time() - 2,) * 2)
+    assert wait(start_worker(record, "import_hf", LAYOUT, **arguments)) == [0, 0, 0]
+    assert result(record)["status"] == "ok" and result(record)["summary"]["target"] == str(target)
+    assert wait(start_worker(record, "import_hf", LAYOUT, **arguments)) == [1, 1, 1]
+    assert "exists; choose another target" in result(record)["error"]["message"]
 
 
 def test_a_terminated_job_tidies_up(tmp_path, big):

@@ -191,7 +191,7 @@ def test_settings_out_of_bounds_and_stages_without_an_adapter_are_named() -> Non
         assert messages == [
             "lora.rank=0: expected an integer of at least 1",
             "lora.alpha=0: expected a number above 0",
-            "lora.dropout=1.0: expected a number of at least 0 and below 1",
+            "lora.dropout=1: expected a number of at least 0 and below 1",
             "lora.targets='q_proj': stage 0 of layout.language.pp=2 (layers 0 to 1) has none of them; add targets that every "
             "layer has (down_proj), or set a smaller layout.language.pp",
         ]

@@ -161,7 +161,7 @@ def _started(config: dict[str, Any], weights: dict, layout: ParallelLayout) -> t
     built = build(config, layout.resolve(), sequence_parallel=True)
     load_reference(built, weights)
     add_adapters(built, LORA, seed=7)
-    wrapped = wrap(built, distributed_optimizer=True)
+    wrapped = wrap(built, sharded=True)
     settings = OptimizerConfig(
         optimizer="adam", lr=1e-3, weight_decay=0.0, clip_grad=1.0, use_distributed_optimizer=True
     )

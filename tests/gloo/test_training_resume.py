@@ -9,24 +9,21 @@ import torch
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.layout import ParallelLayout
 from mimo_jobs.modeling.build import build
-from mimo_jobs.training.batches import Shares
 from mimo_jobs.training.checkpoints import Checkpoints
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.optimizer import make_optimizer
 from mimo_jobs.training.saved import Saved, newest
-from mimo_jobs.training.step import run_step, wrap_for_training
-from mimo_jobs.training.stopwatch import Stopwatch
+from mimo_jobs.training.step import wrap_for_training
 from tests.gloo.batches import tiny
 from tests.gloo.processes import run_ranks
 from tests.gloo.reference_weights import live_parameters, load_reference
-from tests.gloo.training import exact_run, microbatches_of, samples_of_a_run, table_of
+from tests.gloo.training import exact_run, samples_of_a_run, train_step
 
 pytestmark = pytest.mark.gloo
 
-ONE = ParallelLayout(Layout(), Layout(), 1)
 FAN_IN = ParallelLayout(Layout(tp=2), Layout(dp=2), 2)
 DISJOINT = ParallelLayout(Layout(pp=2), Layout(dp=1, rank_offset=2), 3)
-PADDED = ParallelLayout(Layout(tp=2, dp=2), Layout(dp=2), 4)
+PADDED = ParallelLayout(Layout(tp=2, dp=2), Layout(dp=4), 4)
 THREE = ParallelLayout(Layout(tp=2), Layout(dp=1, rank_offset=2), 3)
 DATA_PARALLEL = ParallelLayout(Layout(dp=2), Layout(dp=2), 2)
 SETTINGS = Optimizer(lr=1e-3, warmup_steps=2, weight_decay=0.1, schedule="cosine")
@@ -95,18 +92,9 @@ def _train(
         found = newest(root, identity, print)
         assert found is not None and found[1].step == first
         checkpoints.load(found[0])
-    components = layout.resolve().components
-    dp = components["language"].dp
-    shares = Shares(dp, components["images"].dp, 2, BATCH // dp // 2)
     losses = []
     for step in range(first, stop):
-        chosen = samples[step * BATCH : (step + 1) * BATCH]
-        table = table_of(chosen, [[i] for i in range(BATCH)])
-        updates.set_step(step)
-        total = table.total(table.loss_tokens)
-        losses.append(run_step(built, microbatches_of(built, chosen, table, shares), total, Stopwatch()).item() / total)
-        changed, _ = updates.apply()
-        assert changed
+        losses.append(train_step(built, updates, samples[step * BATCH : (step + 1) * BATCH], step))
         if step + 1 == save_at:
             checkpoints.save(Saved(step + 1, identity))  # written while the next steps change the weights
     checkpoints.wait()

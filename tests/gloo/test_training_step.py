@@ -9,16 +9,16 @@ import torch.distributed as dist
 
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.layout import ParallelLayout
-from mimo_jobs.modeling.build import build
+from mimo_jobs.modeling.build import BuiltModel, build
 from mimo_jobs.training.batches import Shares
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.optimizer import make_optimizer
-from mimo_jobs.training.step import run_step, wrap_for_training
+from mimo_jobs.training.step import component_module, run_step, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
 from tests.gloo.batches import tiny
 from tests.gloo.processes import run_ranks
 from tests.gloo.reference_weights import live_parameters, load_reference, reference_parameters
-from tests.gloo.training import exact, microbatches_of, samples_of_a_run, table_of
+from tests.gloo.training import exact, microbatches_of, samples_of_a_run, shares_of, table_of
 
 pytestmark = pytest.mark.gloo
 
@@ -78,7 +78,7 @@ def measure(name: str) -> Measured:
     layout, per_replica, options = LAYOUTS[name]
     resolved = layout.resolve()
     config, model = tiny(tied=options.get("tied", False))
-    shares = Shares(resolved.components["language"].dp, resolved.components["images"].dp, 2, MICROBATCHES)
+    shares = shares_of(resolved, MICROBATCHES)
     count = per_replica * shares.language * MICROBATCHES
     samples = samples_of_a_run(config, count, text_only=options.get("text_only", False))
     loss, gradients, _ = exact(model, samples)
@@ -110,18 +110,7 @@ def _on_rank(
     options: dict[str, Any],
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
     """This rank's part of the loss, parameter -> squared error and squared norm of its shard's gradient, total norm."""
-    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    built = build(
-        config,
-        layout.resolve(),
-        sequence_parallel=options.get("sp", False),
-        overrides={"language": recompute, "images": recompute} if options.get("recompute") else None,
-    )
-    load_reference(built, weights)
-    if (frozen := options.get("frozen")) in built.groups:
-        for parameter in (built.language if frozen == "language" else built.vision).parameters():  # pyright: ignore
-            parameter.requires_grad_(False)
-    wrap_for_training(built, sharded=False)
+    built = _built(layout, config, weights, options, sharded=False)
     rows = _rows(len(samples), shares)
     table = table_of(samples, rows)
     made = microbatches_of(built, samples, table, shares, options.get("packing", False))
@@ -136,6 +125,21 @@ def _on_rank(
     return loss, squares, norm
 
 
+def _built(layout: ParallelLayout, config: Any, weights: Any, options: dict[str, Any], *, sharded: bool) -> BuiltModel:
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    built = build(
+        config,
+        layout.resolve(),
+        sequence_parallel=options.get("sp", False),
+        overrides={"language": recompute, "images": recompute} if options.get("recompute") else None,
+    )
+    load_reference(built, weights)
+    if (frozen := options.get("frozen")) in built.groups:
+        component_module(built, str(frozen)).requires_grad_(False)
+    wrap_for_training(built, sharded=sharded)
+    return built
+
+
 def _rows(count: int, shares: Shares) -> list[list[int]]:
     """One sample a row, or several where packed."""
     rows = shares.global_batch_size
@@ -146,12 +150,7 @@ def _sharded_norm(
     layout: Any, config: Any, weights: Any, options: Any, samples: Any, table: Any, shares: Any, total: int
 ) -> float:
     """The same with the distributed optimizer's sharded gradients."""
-    built = build(config, layout.resolve(), sequence_parallel=options.get("sp", False))
-    load_reference(built, weights)
-    if (frozen := options.get("frozen")) in built.groups:
-        for parameter in (built.language if frozen == "language" else built.vision).parameters():  # pyright: ignore
-            parameter.requires_grad_(False)
-    wrap_for_training(built)
+    built = _built(layout, config, weights, options, sharded=True)
     updates = make_optimizer(built, Optimizer(), 10)
     made = microbatches_of(built, samples, table, shares, options.get("packing", False))
     run_step(built, made, total, Stopwatch())

@@ -8,7 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mimo_jobs.layout import ResolvedLayout
+from mimo_jobs.modeling.build import BuiltModel
 from mimo_jobs.training.batches import IGNORED, Microbatch, Shares, StepTable, images_inputs, language_inputs
+from mimo_jobs.training.optimizer import Updates
+from mimo_jobs.training.step import run_step
+from mimo_jobs.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,11 @@ def table_of(samples: list[Sample], rows: list[list[int]]) -> StepTable:
     )
 
 
+def shares_of(layout: ResolvedLayout, microbatches: int) -> Shares:
+    """Who works on which rows in a layout, with two rows in a micro-batch."""
+    return Shares(layout.components["language"].dp, layout.components["images"].dp, 2, microbatches)
+
+
 def microbatches_of(
     built: Any, samples: list[Sample], table: StepTable, shares: Shares, packing: bool = False
 ) -> list[Microbatch]:
@@ -103,6 +113,18 @@ def microbatches_of(
     return made
 
 
+def train_step(built: BuiltModel, updates: Updates, samples: list[Sample], step: int) -> float:
+    """One optimizer step on samples, one a row and two a micro-batch; this rank's part of their mean loss."""
+    shares = shares_of(built.layout, len(samples) // built.layout.components["language"].dp // 2)
+    table = table_of(samples, [[i] for i in range(len(samples))])
+    updates.set_step(step)
+    total = table.total(table.loss_tokens)
+    loss = run_step(built, microbatches_of(built, samples, table, shares), total, Stopwatch()).item() / total
+    changed, _ = updates.apply()
+    assert changed
+    return loss
+
+
 def hf_loss(model: Any, samples: list[Sample]) -> torch.Tensor:
     """Mean loss over all tokens that have one, each sample alone."""
     total, count = torch.zeros((), dtype=next(model.parameters()).dtype), 0
@@ -131,11 +153,13 @@ def exact(model: Any, samples: list[Sample]) -> tuple[float, dict[str, torch.Ten
     return loss.item(), gradients, norm
 
 
-def exact_run(model: Any, samples: list[Sample], batch: int, steps: int, settings: Any) -> list[float]:
-    """Losses of a transformers + PyTorch loop in fp64: AdamW, clipping, transformers' cosine schedule."""
+def exact_run(
+    model: Any, samples: list[Sample], batch: int, steps: int, settings: Any, dtype: torch.dtype = torch.float64
+) -> list[float]:
+    """Losses of a transformers + PyTorch loop: AdamW, clipping, transformers' cosine schedule."""
     from transformers import get_cosine_schedule_with_warmup
 
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).to(dtype)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(

@@ -1,7 +1,9 @@
 """The command line from outside: what it says, with which exit code, how fast, and what it does not import."""
 
+import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -276,3 +278,37 @@ def test_verify_of_equal_and_unequal_checkpoints(checkpoint, tmp_path):
     assert unequal.returncode == 1
     json.loads(unequal.stdout)
     assert "Traceback" not in unequal.stderr
+
+
+AS_IMPORTED = {"trained": False, "casts": {}, "dropped": 0, "parity": {"equal": 3}}
+
+
+@pytest.mark.parametrize(
+    ("made", "compared"),
+    [
+        ({}, True),
+        ({"trained": True}, False),
+        ({"casts": {"BF16 to F32": 3}}, False),
+        ({"dropped": 1}, False),
+        ({"parity": {"equal": 2, "merged": 1}}, False),
+    ],
+)
+def test_an_export_is_compared_with_its_original_only_where_it_has_the_same_bytes(made, compared):
+    place = '/data/it\'s "here"'
+    words = shlex.split(cli.after_export(place, AS_IMPORTED | made))
+    if compared:
+        assert words == ["nemo-run", "verify", "ORIGINAL_DIR", place]
+    else:
+        assert words[:2] == ["python", "-c"]
+        assert ast.literal_eval(ast.unparse(ast.parse(words[2]).body[1].value.args[0])) == place
+
+
+@pytest.mark.parametrize("more", [[], ["--dryrun"]])
+def test_a_secret_that_was_typed_is_neither_repeated_nor_written(tmp_path, more, monkeypatch, capsys):
+    monkeypatch.setenv("MIMO_JOBS_HOME", str(tmp_path / "home"))
+    (tmp_path / "model").mkdir()
+    words = [f"source={tmp_path}/model", "data=a/b", f"target={tmp_path}/t", "logging.mlflow=https://me:hunter2@host"]
+    assert cli.main(["recipes.qwen35vl_sft", *words, "--executor", "local", *more]) == 2
+    said = capsys.readouterr()
+    assert "MLFLOW_TRACKING_PASSWORD" in said.err and "hunter2" not in said.out + said.err
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -17,6 +17,7 @@ from mimo_jobs.conversion.publish import staging_of
 from mimo_jobs.conversion.verify import certify, verify_hf
 from mimo_jobs.errors import JobFailed, UsageError, UserError
 from mimo_jobs.parallel import world
+from mimo_jobs.parallel.attempt import ATTEMPT
 from mimo_jobs.pipeline import Plan, Step
 from tests.conversion_ranks import convert
 from tests.hf_files import config_of, make_hf
@@ -260,7 +261,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 @pytest.fixture
 def resumable(tmp_path, monkeypatch):
     """A checkpoint, a launcher that comes back, and interruptions without their pause."""
-    monkeypatch.setenv(journal.ENABLED, "0")
+    monkeypatch.setenv(ATTEMPT, "0")
     monkeypatch.setattr(world, "INTERRUPT_SECONDS", 0.02)
     make_hf(tmp_path / "hf", config_of(layers=2))
     return tmp_path
@@ -349,7 +350,7 @@ def test_a_source_that_changed_meanwhile_discards_what_was_written(resumable, mo
 
 
 def test_without_a_launcher_that_comes_back_nothing_is_left(resumable, monkeypatch):
-    monkeypatch.delenv(journal.ENABLED)
+    monkeypatch.delenv(ATTEMPT)
     interrupting(monkeypatch, 9)
     with pytest.raises((KeyboardInterrupt, JobFailed)):
         attempt(resumable, "import")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import fiddle as fdl
+import psutil
 import pytest
 
 from mimo_jobs import jobs, overrides, pipeline, records, running
@@ -234,20 +235,49 @@ def test_an_error_of_the_system_is_no_defect(error, message, traceback, work, ca
 def test_a_repeated_job_replaces_the_result_of_the_attempt_before(work, tmp_path):
     (tmp_path / "progress.json").write_text("{}")
     assert work(lambda *, world: 1 / 0)[0] == 1
-    assert work(lambda *, world: {"fine": True}) == (0, {"status": "ok", "summary": {"fine": True}})
+    assert work(lambda *, world: {"fine": True}) == (0, {"status": "ok", "summary": {"fine": True}, "attempt": ""})
     assert not (tmp_path / "progress.json").exists()
 
 
-def test_among_several_ranks_only_an_old_result_is_stale(tmp_path):
+@pytest.mark.parametrize(
+    ("named", "says", "older", "stale"),
+    [
+        ("", "", False, False),  # another rank of this attempt may have failed before rank 0 came
+        ("", "", True, True),
+        ("7-0-1", "7-0-1", True, False),  # under Slurm ranks start minutes apart
+        ("7-0-1", "7-0-0", True, True),
+        ("7-0-1", "7-0-0", False, False),  # a rank of an earlier attempt that woke up, or this one is such a rank
+        ("7-0-1", None, True, True),
+    ],
+)
+def test_among_several_ranks_only_the_result_of_an_earlier_attempt_is_stale(
+    tmp_path, named, says, older, stale, monkeypatch
+):
+    import json
+
     from mimo_jobs import worker
+    from mimo_jobs.parallel import attempt
 
     result = tmp_path / "result.json"
-    result.write_text("{}")
-    worker._remove_stale(tmp_path, alone=False)
-    assert result.exists(), "another rank of this attempt may have written it"
-    os.utime(result, (time.time() - 60,) * 2)
-    worker._remove_stale(tmp_path, alone=False)
-    assert not result.exists()
+    result.write_text(json.dumps({"status": "failed", "error": {}} | ({} if says is None else {"attempt": says})))
+    born = attempt.began()
+    os.utime(result, (born + (-0.1 if older else 0.1),) * 2)
+    monkeypatch.setenv("MIMO_JOBS_ATTEMPT", named)
+    worker._remove_stale(tmp_path)
+    assert result.exists(), "too close to tell, but for rank 0, which is started first"
+    worker._remove_stale(tmp_path, spread=0.0)
+    assert result.exists() != stale
+    assert worker.write_result(tmp_path, {"status": "failed", "error": {"rank": 3}}) == stale
+
+
+@pytest.mark.parametrize(("restarts", "pid"), [(None, os.getpid), ("0", os.getppid), ("1", os.getpid)])
+def test_an_attempt_begins_with_its_torchrun_or_with_the_rank(restarts, pid, monkeypatch):
+    from mimo_jobs.parallel import attempt
+
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert attempt.began() == pytest.approx(psutil.Process(pid()).create_time(), abs=2)
 
 
 def test_a_second_signal_does_not_cut_off_the_last_word(work, capsys):
@@ -309,8 +339,11 @@ def test_the_first_rank_to_write_a_result_wins(tmp_path):
     from mimo_jobs.worker import write_result
 
     assert write_result(tmp_path, {"status": "failed", "error": {"rank": 3}})
-    assert not write_result(tmp_path, {"status": "ok"})
+    assert not write_result(tmp_path, {"status": "failed", "error": {"rank": 1}})
     assert json.loads((tmp_path / "result.json").read_text())["error"]["rank"] == 3
+    assert write_result(tmp_path, {"status": "ok", "summary": {}}), "what was published is there, whoever failed late"
+    assert not write_result(tmp_path, {"status": "failed", "error": {"rank": 1}})
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "ok"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
@@ -393,6 +426,22 @@ def test_a_job_without_a_result_failed_and_says_how_its_rank_died(tmp_path):
         assert (outcome(job).error or "").startswith(said)
     (job.record / "result.json").write_text('{"status": ')
     assert outcome(job).exit_code == 1, "half a result is no result"
+
+
+def test_a_result_of_another_attempt_is_no_result(tmp_path):
+    import json
+
+    from launchers.base import Job, clear, outcome
+
+    job = Job("import_hf", {}, 2, tmp_path / "record", "id")
+    job.write()
+    result = {"status": "ok", "summary": {"n": 3}, "attempt": "7-0-0"}
+    (job.record / "result.json").write_text(json.dumps(result))
+    assert outcome(job).summary == outcome(job, "7-0-0").summary == {"n": 3}
+    late = outcome(job, "7-0-1")
+    assert late.transient and "ended without a result" in (late.error or "")
+    clear(job.record)
+    assert [p.name for p in job.record.iterdir()] == ["JOB.json"]
 
 
 def test_the_fields_of_the_layout_are_those_of_its_dataclasses():

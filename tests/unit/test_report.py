@@ -7,7 +7,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mimo_jobs import cli, records
@@ -53,6 +53,8 @@ def test_thinning_keeps_both_ends_and_every_peak(values, most):
 
 
 @given(st.lists(VALUES, min_size=1, max_size=60), st.booleans(), st.booleans())
+@example([5e-324], True, False)
+@example([0.0, 5e-324], False, False)
 def test_a_chart_of_any_numbers_stays_inside(values, zero, log):
     made = charts.line_chart("t", [Line("a", list(enumerate(values)), "first")], zero=zero, log=log, marks=[0, 3])
     usable = [v for v in values if charts.usable(v)]
@@ -67,6 +69,7 @@ def test_a_chart_of_any_numbers_stays_inside(values, zero, log):
 
 
 @given(st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=700))
+@example([(5e-324, 0.0)])
 def test_a_stack_of_any_numbers_stays_inside(values):
     parts = {
         "images": ("part-images", [(i, a) for i, (a, _) in enumerate(values)]),

@@ -2,10 +2,12 @@
 
 import base64
 import io
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -104,7 +106,7 @@ def read_image(ref: ImageRef) -> Image.Image:
 def _opened(ref: ImageRef) -> Iterator[Image.Image]:
     """Any exception of PIL's readers is a BadSample: damaged files make them raise all kinds."""
     try:
-        with Image.open(io.BytesIO(ref.data) if ref.data is not None else ref.path or "") as image:
+        with _stream(ref) as stream, Image.open(stream) as image:
             if min(image.size) < 1:
                 raise BadSample(f"{ref.name}: an image of {image.width} x {image.height} pixels")
             yield image
@@ -114,6 +116,22 @@ def _opened(ref: ImageRef) -> Iterator[Image.Image]:
         raise BadSample(f"no image {ref.name}") from None
     except Exception as error:
         raise BadSample(f"{ref.name} cannot be read as an image: {type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def _stream(ref: ImageRef) -> Iterator[BinaryIO]:
+    if ref.data is not None:
+        yield io.BytesIO(ref.data)
+        return
+    with open(ref.path or "", "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BadSample(f"{ref.name}: not a regular file")
+        yield file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """As ``open`` does, but a pipe that nobody writes to is opened at once."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _orientation(image: Image.Image) -> int:

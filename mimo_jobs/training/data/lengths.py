@@ -81,10 +81,10 @@ def measure(
     missing = [(a, b) for a, b in pairwise(cuts) if known[a] is None]
     results = in_order(_Measure(source, encoder), (i for a, b in missing for i in range(a, b)), workers, 64)
     for a, b in missing:
-        known[a] = _collect(results, a, b)
+        known[a] = found = _collect(results, a, b)
         whole = a % BLOCK == 0 and b == min(a + BLOCK, len(source))
-        if whole and not known[a].reasons:  # what is bad may be put right  # pyright: ignore[reportOptionalMemberAccess]
-            _write(directory, known[a])
+        if whole and not found.reasons:  # what is bad may be put right
+            _write(directory, found)
     return Lengths.join([Lengths(start, np.empty(0, np.int64)), *(part for part in known.values() if part is not None)])
 
 
@@ -118,22 +118,18 @@ def _file(directory: Path, start: int, stop: int) -> Path:
 def _read(directory: Path, start: int, stop: int) -> Lengths | None:
     """A block of the cache, or None when it is missing or damaged: then it is measured again."""
     try:
-        stored = json.loads(_file(directory, start, stop).read_text())
-        values = np.array(stored["values"], np.int64)
-        if len(values) != stop - start:
-            return None
-        return Lengths(start, values, {int(index): str(reason) for index, reason in stored["reasons"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = np.array(json.loads(_file(directory, start, stop).read_text()), np.int64)
+    except (OSError, ValueError, TypeError, OverflowError):
         return None
+    return Lengths(start, values) if values.shape == (stop - start,) else None
 
 
-def _write(directory: Path, lengths: Lengths | None) -> None:
+def _write(directory: Path, lengths: Lengths) -> None:
     """Atomically, as ranks share the directory. A cache that cannot be written is no reason to stop."""
-    assert lengths is not None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
-            json.dump({"values": lengths.values.tolist(), "reasons": lengths.reasons}, file)
+            json.dump(lengths.values.tolist(), file)
         os.replace(file.name, _file(directory, lengths.start, lengths.stop))
     except OSError:
         return

@@ -1,10 +1,10 @@
-"""The order of samples: a pure function of seed and position, so that any resume and any data parallel size agree."""
+"""The order of samples: a pure function of seed and epoch, so that any resume and any data parallel size agree."""
 
 import numpy as np
 
 
 class Order:
-    """Sample index of every global position; every sample exactly once an epoch.
+    """Samples of every epoch, each exactly once.
 
     Args:
         count: samples of an epoch, at least 1
@@ -17,11 +17,6 @@ class Order:
             raise ValueError(f"count={count}: an epoch has at least one sample")
         self.count, self.seed, self.shuffle = count, seed, shuffle
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
-
-    def index(self, position: int) -> int:
-        """Sample at ``position`` (0, 1, ... over all epochs)."""
-        epoch, place = divmod(position, self.count)
-        return int(self.epoch(epoch)[place])
 
     def epoch(self, epoch: int) -> np.ndarray:
         """int64[count]: the samples of one epoch in their order; the latest is kept. Do not write into it."""

@@ -13,6 +13,7 @@ PLACEHOLDER = "<image>"
 CORD_INSTRUCTION = "Extract the content of this receipt as JSON."
 CAPTION_INSTRUCTION = "Describe this image."
 
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes")  # of a part that holds its image
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SHAREGPT_ROLES |= {"chatgpt": "assistant", "model": "assistant", "observation": "tool", "tool": "tool"}
@@ -177,9 +178,7 @@ def _content(content: Any, where: str, base: str, placeholders: bool) -> tuple[s
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         elif kind in ("image", "image_url"):
-            value = next(
-                (v for k in ("image", "image_url", "url", "path", "bytes") if (v := part.get(k)) is not None), None
-            )
+            value = next((v for key in _IMAGE_KEYS if (v := part.get(key)) is not None), None)
             index = part.get("index")
             images.append(image_ref(value, base) if value is not None else index if isinstance(index, int) else None)
             parts.append({"type": "image"})
@@ -203,10 +202,9 @@ def _placed(image: Any, waiting: list[ImageRef], place: int) -> ImageRef:
 
 def _inline(given: list[Any]) -> bool:
     """Whether messages hold images themselves; an images column beside them then repeats them."""
-    keys = ("image", "image_url", "url", "path", "bytes")
     contents = [m.get("content") for m in given if isinstance(m, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return any(part.get(key) is not None for part in parts for key in keys)
+    return any(part.get(key) is not None for part in parts for key in _IMAGE_KEYS)
 
 
 def _from_value(row: Row, base: str, roles: dict[str, str]) -> Conversation:

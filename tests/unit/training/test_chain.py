@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mimo_jobs import overrides, pipeline
+from mimo_jobs import pipeline
 from mimo_jobs.checkpoint.manifest import read_manifest, write_json, write_manifest
 from mimo_jobs.checkpoint.peft_dir import MANIFEST_NAME as PEFT_MANIFEST
 from mimo_jobs.conversion import identity
@@ -19,6 +19,7 @@ from mimo_jobs.training.tiny_data import make_data
 from tests.adapter_files import make_adapter
 from tests.conversion_ranks import convert
 from tests.hf_files import config_of, make_hf
+from tests.unit.test_recipes import built
 
 SMALL = ("layout.language.tp=2", "layout.images.tp=1", "steps=4", "fsync=false")
 
@@ -32,10 +33,8 @@ class Chain:
     def steps(self) -> list[Step]:
         b = self.base
         given = [f"model={b}/hf", f"workdir={b}/w", f"data={b}/data", f"train={self.train}", *SMALL, *self.words]
-        name = "qwen35vl_pipeline"
         last = {word.partition("=")[0]: word for word in given}
-        values = overrides.parse(overrides.split(last.values()), overrides.recipe_fields(name))
-        return pipeline.steps_of(overrides.build(name, values), name)
+        return built("qwen35vl_pipeline", *last.values())
 
     def plan(self, **more) -> Plan:
         return pipeline.make_plan("p", self.steps(), True, **more)
@@ -136,6 +135,13 @@ def test_a_training_and_what_is_behind_it_run_again_when_they_would_make_somethi
     assert first is None or reason.format(lr=lr) in first.why, first.why
     chain.run(plan)
     assert decided(chain.plan()) == "sss"
+
+
+def test_a_secret_is_refused_although_its_step_is_done_and_would_only_be_recorded(chain):
+    assert decided(chain.plan()) == "sss"
+    chain.words = ["logging.mlflow=https://me:hunter2@host"]
+    with pytest.raises(UsageError, match="MLFLOW_TRACKING_PASSWORD"):
+        chain.plan()
 
 
 def test_checkpoints_on_the_way_to_a_target_that_is_replaced_go_with_it(chain):

@@ -1,6 +1,7 @@
 """What is logged of a training step, and that logging never stops or delays it."""
 
 import builtins
+import contextlib
 import json
 import math
 import sys
@@ -127,6 +128,31 @@ def test_a_missing_package_is_said_before_anything_runs(tmp_path, field, monkeyp
     with pytest.raises(UsageError, match=rf"logging.{field}=place: {field} is not installed; pip install {field}"):
         Metrics(tmp_path, Logging(tensorboard=False, **{field: "place"}), {}, 0)
     assert not (tmp_path / history.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "refused"),
+    [
+        ("https://me:hunter2@host:5000", True),
+        ("HTTPS://hunter2@host", True),
+        ("https://me:hun/ter2#?@host", True),
+        ("https://:hunter2@host", True),
+        ("mysql+pymysql://me:hunter2@host/db", True),
+        ("https://host:5000/a", False),
+        ("postgresql://me@host/db", False),
+        ("sqlite:////home/me@work/a:b@c.db", False),
+        ("file:///home/me@work/runs", False),
+        ("databricks://profile", False),
+        ("runs@home", False),
+    ],
+)
+def test_a_password_in_an_address_is_refused_unrepeated_and_nothing_is_written(tmp_path, uri, refused, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin="somewhere"))
+    logging = Logging(tensorboard=False, mlflow=uri)
+    expected = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    with pytest.raises(UsageError, match=expected) if refused else contextlib.nullcontext() as caught:
+        Metrics(tmp_path, logging, {}, 0)
+    assert not (caught and "hun" in str(caught.value)) and not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from mimo_jobs import overrides, pipeline
 from mimo_jobs.conversion.preflight import as_layout
 from mimo_jobs.errors import UserError
-from mimo_jobs.training import memory
+from mimo_jobs.training import memory, preflight
 from mimo_jobs.training.config import Dataset
 from mimo_jobs.training.preflight import MASTER, check_training, look_at
+from mimo_jobs.training.saved import checkpoint_directory
 from mimo_jobs.training.tiny_data import make_data
 from tests.adapter_files import make_adapter
 from tests.hf_files import config_of, make_hf
+from tests.unit.test_recipes import built
 from tests.unit.test_rules import PUBLISHED
 from tests.unit.test_rules import config_of as published
 
@@ -30,6 +31,7 @@ def inputs(tmp_path_factory):
     make_hf(base / "hf", config_of(layers=4))
     make_data(str(base / "data"), samples=20)
     make_adapter(base / "adapter", config_of(layers=4), "q_proj,v_proj", rank=3)
+    make_adapter(base / "dora", config_of(layers=4), "q_proj", rank=3, use_dora=True)
     make_adapter(base / "other", config_of(layers=4, hidden=128), "q_proj", rank=3)
     return base
 
@@ -38,8 +40,7 @@ def checked(inputs, target, recipe, *words):
     """The preflight of a recipe with words as they are typed."""
     given = {"source": f"{inputs}/hf", "data": f"{inputs}/data", "target": str(target)}
     given |= {w.partition("=")[0]: w.partition("=")[2] for w in (*SMALL, *words)}
-    values = overrides.parse(given, overrides.recipe_fields(recipe))
-    (step,) = pipeline.steps_of(overrides.build(recipe, values), recipe)
+    (step,) = built(recipe, *(f"{name}={value}" for name, value in given.items()))
     return check_training(step.arguments)
 
 
@@ -57,12 +58,13 @@ REFUSED = [
     ("steps=5 optimizer.warmup_steps=5", "the run has 5 steps"),
     ("global_batch_size=4 optimizer.warmup_steps=5", "the run has 5 steps"),  # 20 samples
     ("steps=5 optimizer.schedule=wsd", "decay_steps=0: schedule=wsd needs between 1 and 5"),
-    ("dataset.max_length=0", "dataset.max_length=0: expected at least 1"),
+    ("dataset.max_length=1", "dataset.max_length=1: expected at least 2"),
     ("dataset.min_pixels=9 dataset.max_pixels=8", "dataset.min_pixels=9 is above"),
     ("dataset.workers=-1", "dataset.workers=-1: expected at least 0"),
     ("dataset.images=/no/such", "dataset.images=/no/such: no such directory"),
     ("saving.keep=0", "saving.keep=0: expected at least 1"),
     ("logging.every=0", "logging.every=0: expected at least 1"),
+    ("logging.mlflow=https://me:secret@host", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
     ("stop.spike=1", "stop.spike=1: expected more than 1"),
     ("validation.data=/no/such.jsonl", "/no/such.jsonl: no such file"),
     ("dataset.schema=llava", "do not fit dataset.schema=llava"),
@@ -83,10 +85,11 @@ def test_what_cannot_be_trained_is_refused(inputs, tmp_path, recipe, words, said
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("lora.rank=0", "lora.rank=0: expected at least 1"),
-        ("lora.alpha=0", "lora.alpha=0: expected more than 0"),
-        ("lora.dropout=1", "lora.dropout=1: expected less than 1"),
+        ("lora.rank=0", "lora.rank=0: expected an integer of at least 1"),
+        ("lora.alpha=0", "lora.alpha=0: expected a number above 0"),
+        ("lora.dropout=1", "lora.dropout=1: expected a number of at least 0 and below 1"),
         ("lora.dora=true lora.dropout=0.1", "lora.dropout=0.1 is not implemented"),
+        ("lora.adapter={inputs}/dora lora.dropout=0.1", "lora.dropout=0.1 is not implemented"),
         ("lora.targets=q_prj", "did you mean 'q_proj'"),
         ("lora.targets=,", "lora.targets is empty"),
         ("lora.targets=q_proj layout.language.pp=2", "stage 0|stage 1"),
@@ -196,6 +199,25 @@ def test_the_disk_must_hold_the_target_and_one_checkpoint_more_than_are_kept(
     monkeypatch.setattr(shutil, "disk_usage", lambda p: Usage(0, 0, made.disk_needed - 1))
     with pytest.raises(UserError, match=r"needs .*free"):
         checked(inputs, tmp_path / "t", recipe, "saving.keep=3")
+
+
+def test_checkpoints_on_another_disk_make_no_room_for_the_target(inputs, tmp_path, monkeypatch):
+    recipe, scratch = "qwen35vl_sft", tmp_path / "scratch"
+    words = (f"saving.directory={scratch}", "saving.keep=1")
+    checkpoint_directory(scratch, 3).mkdir(parents=True)
+    (checkpoint_directory(scratch, 3) / "a.distcp").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(preflight, "_device", lambda place: scratch in (place, *place.parents))
+    made = checked(inputs, tmp_path / "t", recipe, *words)
+    assert made.disk_needed == 2 * made.parameters
+    free = {scratch: 2 * made.step_bytes - (1 << 20), tmp_path: made.disk_needed}
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, free[place]))
+    checked(inputs, tmp_path / "t", recipe, *words)
+    for place in free:
+        free[place] -= 1
+        with pytest.raises(UserError, match=rf"but {place} has"):
+            checked(inputs, tmp_path / "t", recipe, *words)
+        free[place] += 1
 
 
 def of_published(size, layout, **settings):

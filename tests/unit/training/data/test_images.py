@@ -1,6 +1,7 @@
 """Images are upright and eight bits deep, their sizes known without decoding, and damage is a bad sample."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -100,13 +101,21 @@ def test_damaged_images_are_bad_samples(data):
         read_image(ImageRef(data))
 
 
-def test_a_missing_file_and_a_directory(tmp_path):
-    for ref, reason in (
-        (image_ref("none.png", str(tmp_path)), "no image"),
-        (image_ref(".", str(tmp_path)), "cannot be read"),
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_a_bad_sample_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    for name, reason in (
+        ("none.png", f"no image {tmp_path}/none.png"),
+        ("pipe", f"{tmp_path}/pipe: not a regular file"),
+        ("link", f"{tmp_path}/link: not a regular file"),
+        ("/dev/zero", "/dev/zero: not a regular file"),
+        ("directory", f"{tmp_path}/directory"),
     ):
-        with pytest.raises(BadSample, match=reason):
-            image_size(ref)
+        for read in (image_size, read_image):
+            with pytest.raises(BadSample, match=reason):
+                read(image_ref(name, str(tmp_path)))
 
 
 def test_a_decompression_bomb_is_a_bad_sample(monkeypatch):

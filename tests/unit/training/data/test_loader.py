@@ -39,7 +39,7 @@ def encoder(processor_directory):
 
 def rows_of(order: Order, step: int) -> list[Want]:
     """Rows of six samples; the second row is packed; text and pixels differ; of every third step nothing is wanted."""
-    take = [order.index(6 * step + i) for i in range(6)]
+    take = [int(order.epoch(p // order.count)[p % order.count]) for p in range(6 * step, 6 * step + 6)]
     if step % 3 == 2:
         return []
     return [Want(0, take[:1]), Want(1, take[1:4], pixels=False), Want(2, take[4:5], text=False), Want(5, take[5:])]

@@ -1,0 +1,96 @@
+"""The head and its cross entropy together, a block of tokens at a time: the logits of a step never exist as a whole.
+
+Logits of 248 320 tokens are the largest tensor of a step: 1 MB a token in fp32, several times. Here each block's logits become its
+loss and its gradients at once (the gradient of a sum of losses needs nothing from the backward pass but a factor), and go.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BLOCK_BYTES = 1 << 30  # of a block's logits in fp32
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, tokens: int, group: dist.ProcessGroup
+) -> Tensor:
+    """Sum over tokens of the cross entropy of ``hidden @ weight.T``, the vocabulary spread over tensor parallel ranks.
+
+    As transformers computes it: logits in the parameters' dtype, softmax in fp32.
+
+    Args:
+        hidden: (n, hidden), the same on every rank; its gradient is this rank's part of a sum over ranks.
+        weight: (own rows of the padded vocabulary, hidden).
+        labels: int64 (n,), in the whole vocabulary.
+        tokens: the vocabulary without what pads it; padded rows are no tokens.
+
+    Returns:
+        fp32 scalar, the same on every rank.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, tokens, group)  # pyright: ignore[reportReturnType]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tokens: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        own = weight.shape[0]
+        first = own * group.rank()
+        there = max(0, min(own, tokens - first))  # rows that are tokens
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        rows = max(1, BLOCK_BYTES // (4 * own))
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            logits = hidden[block] @ weight.t()
+            logits[:, there:] = float("-inf")
+            losses, gradient = _losses(logits.float(), labels[block] - first, there, group)
+            loss += losses.sum()
+            gradient = gradient.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.matmul(gradient, weight, out=d_hidden[block])
+            if d_weight is not None:
+                _add_product(d_weight, gradient.t(), hidden[block])
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_hidden, d_weight = (None if t is None else t.mul_(factor) for t in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None
+
+
+def _losses(logits: Tensor, labels: Tensor, there: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Loss of each token, and the gradient of their sum in place of ``logits``, which are fp32 (n, own rows).
+
+    Args:
+        labels: relative to this rank's first row; outside of ``[0, there)`` another rank has it.
+    """
+    highest = logits.amax(-1)
+    if group.size() > 1:
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    logits -= highest[:, None]
+    mine = (labels >= 0) & (labels < there)
+    place = labels.clamp(0, max(0, there - 1))[:, None]
+    predicted = torch.where(mine, logits.gather(1, place)[:, 0], 0.0)
+    total = logits.exp_().sum(-1)
+    if group.size() > 1:
+        both = torch.stack([predicted, total])
+        dist.all_reduce(both, group=group)
+        predicted, total = both
+    logits /= total[:, None]
+    logits.scatter_add_(1, place, -mine.to(logits.dtype)[:, None])
+    return total.log() - predicted, logits
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, summed in fp32 whatever the factors' dtype."""
+    if total.is_cuda and left.dtype != total.dtype:
+        total += torch.mm(left, right, out_dtype=total.dtype)  # pyright: ignore[reportCallIssue]
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
