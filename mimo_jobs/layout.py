@@ -153,6 +153,9 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
+HEAD_BLOCK_BYTES = 1 << 30  # of the logits in fp32 that a rank has at a time (`modeling.loss`)
+
+
 def padded_vocab(vocab_size: int, tp: int) -> int:
     """Rows of the vocabulary tensors in a checkpoint: ``vocab_size`` rounded up to a multiple of ``tp``."""
     return -(-vocab_size // tp) * tp

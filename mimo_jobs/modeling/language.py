@@ -1,5 +1,6 @@
 """The Qwen3.5 decoder as a megatron-core ``GPTModel``: embedding, hybrid layers, head."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -9,6 +10,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -22,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from mimo_jobs.layout import Component, padded_vocab, stage_layers
 from mimo_jobs.modeling.attention import GatedDeltaNet, GatedSelfAttention, ScaledDotProductAttention
+from mimo_jobs.modeling.loss import Targets, linear_cross_entropy
 from mimo_jobs.modeling.norms import GatedDeltaOutNorm, RMSNorm, parameter_device
 from mimo_jobs.modeling.rope import InterleavedMRope
 
@@ -51,22 +57,26 @@ class LanguageModel(GPTModel):
         rotary_dim = int(config.kv_channels * rotary_percent)
         self.rotary_pos_emb = InterleavedMRope(rotary_dim, rotary_base, parameter_device(config))
         self.tokens = tokens
+        self.targets: Targets | None = None  # of the microbatch at hand, set by `Mimo`
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """As megatron-core's, whose softmax counts the rows that pad the vocabulary: they are no tokens, and stay zero.
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``GPTModel.forward``; with `targets` the last stage returns the sum of their losses, an fp32 scalar, instead of logits."""
+        processor = None if self.targets is None else partial(self._summed_loss, self.targets)
+        return super().forward(*args, output_processor=processor, **kwargs)
 
-        Args:
-            labels: int64 (batch, seq).
-            logits: (seq, batch, padded vocabulary / tp); what is padding is overwritten.
-
-        Returns:
-            (batch, seq).
-        """
-        own, tp = logits.shape[-1], cast(dist.ProcessGroup, self.tp_group)
-        there = max(0, self.tokens - own * tp.rank())
-        if there < own:
-            logits[..., there:] = float("-inf")
-        return super().compute_language_model_loss(labels, logits)
+    def _summed_loss(
+        self, targets: Targets, *, hidden_states: Tensor, output_weight: Tensor | None, **_unused: object
+    ) -> Tensor:
+        """megatron-core's own path keeps the logits of all tokens, and counts the rows that pad the vocabulary as tokens."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        weight = self.output_layer.weight if output_weight is None else output_weight
+        chosen = hidden.flatten(0, 1).index_select(0, targets.places)
+        return linear_cross_entropy(
+            chosen, cast(Tensor, weight), targets.labels, self.tokens, cast(dist.ProcessGroup, self.tp_group)
+        )
 
     def tie_embeddings_and_output_weights_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

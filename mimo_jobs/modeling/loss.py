@@ -4,13 +4,34 @@ Logits of 248 320 tokens are the largest tensor of a step: 1 MB a token in fp32,
 loss and its gradients at once (the gradient of a sum of losses needs nothing from the backward pass but a factor), and go.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 30  # of a block's logits in fp32
+from mimo_jobs.layout import HEAD_BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens of a microbatch that have a loss; the head works on these alone.
+
+    Attributes:
+        places: int64 (n,), in the flattened (seq, batch) output of the decoder: ``seq_index * batch + batch_index``.
+        labels: int64 (n,), what is to be predicted there.
+    """
+
+    places: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, ignored: int = -100) -> "Targets":
+        """From labels (batch, seq), ``ignored`` where there is no loss."""
+        flat = labels.t().reshape(-1)
+        places = (flat != ignored).nonzero()[:, 0]
+        return cls(places, flat[places])
 
 
 def linear_cross_entropy(
@@ -44,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        rows = max(1, BLOCK_BYTES // (4 * own))
+        rows = max(1, HEAD_BLOCK_BYTES // (4 * own))
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             logits = hidden[block] @ weight.t()

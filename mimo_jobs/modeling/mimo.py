@@ -12,6 +12,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from mimo_jobs.layout import IMAGES
+from mimo_jobs.modeling.loss import Targets
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,24 @@ class ImagePlaces:
 
 
 class Mimo(MimoModel):
-    """``MimoModel`` that takes `ImagePlaces`; without them it places image tokens as megatron-core does."""
+    """``MimoModel`` that takes `ImagePlaces` and `Targets`; without the former it places image tokens as megatron-core does."""
 
     _places: ImagePlaces | None = None
 
-    def forward(self, *args: Any, image_places: ImagePlaces | None = None, **kwargs: Any) -> Any:
-        """As ``MimoModel.forward``, with ``image_places`` on ranks of the decoder's first stage."""
+    def forward(
+        self, *args: Any, image_places: ImagePlaces | None = None, targets: Targets | None = None, **kwargs: Any
+    ) -> Any:
+        """As ``MimoModel.forward``, with ``image_places`` for the decoder's first stage and ``targets`` for its last."""
+        language: Any = None if self.language_model is None else unwrap_model(self.language_model)  # pyright: ignore[reportArgumentType]
         self._places = image_places
+        if language is not None:
+            language.targets = targets
         try:
             return super().forward(*args, **kwargs)
         finally:
             self._places = None
+            if language is not None:
+                language.targets = None
 
     def get_text_embeddings(self, input_ids: Tensor, position_ids: Tensor, special_token_ids: dict[str, int]) -> Tensor:
         """Embeddings of every token, image tokens included: (seq, batch, hidden)."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mimo_jobs.modeling.forward import mrope_position_ids
+from mimo_jobs.modeling.loss import Targets
 from mimo_jobs.modeling.mimo import ImagePlaces
 from mimo_jobs.modeling.vision import Padding
 from mimo_jobs.training.data.encode import IGNORED, Encoded
@@ -100,10 +101,9 @@ class StepTable:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Arguments of ``Mimo.forward`` on this rank, and the loss mask (float32, shape of the labels) on language ranks."""
+    """Arguments of ``Mimo.forward`` on this rank, with ``targets`` on language ranks."""
 
     inputs: dict[str, Any]
-    loss_mask: Tensor | None
     seq_length: int
 
     def to(self, device: torch.device) -> "Microbatch":
@@ -115,7 +115,7 @@ class Microbatch:
         return self._each(lambda t: t.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Microbatch":
-        return Microbatch(_changed(self.inputs, change), _changed(self.loss_mask, change), self.seq_length)
+        return Microbatch(_changed(self.inputs, change), self.seq_length)
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -123,6 +123,8 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, ImagePlaces):
         return ImagePlaces(change(value.rows), change(value.positions))
+    if isinstance(value, Targets):
+        return Targets(change(value.places), change(value.labels))
     if isinstance(value, Padding):
         return Padding(change(value.rows), value.length)
     if isinstance(value, dict):
@@ -202,11 +204,11 @@ def language_inputs(
             positions[:, r, at:end] = mrope_position_ids(hf, ids[r : r + 1, at:end], grid)[:, 0]
             at = end
     inputs: dict[str, Any] = dict(
-        input_ids=ids, position_ids=positions, labels=labels.clamp(min=0), image_places=_places(hf, table, shares, microbatch, replica, ids)
+        input_ids=ids, position_ids=positions, targets=Targets.of(labels, IGNORED), image_places=_places(hf, table, shares, microbatch, replica, ids)
     )  # fmt: skip
     if packing:
         inputs["packing_kwargs"] = _bounds([len(s.input_ids) for s in rows[0]], longest)
-    return Microbatch(inputs, (labels != IGNORED).float(), longest)
+    return Microbatch(inputs, longest)
 
 
 def _places(

@@ -215,6 +215,6 @@ class Feeder:
                 one = language_inputs(built.hf, table, shares, m, replica, encoded, multiple=multiple, packing=packing)
                 one.inputs["modality_inputs"] = images
             else:
-                one = Microbatch({"input_ids": None, "modality_inputs": images}, None, 1)
+                one = Microbatch({"input_ids": None, "modality_inputs": images}, 1)
             made.append(one.pinned() if torch.cuda.is_available() else one)
         return made

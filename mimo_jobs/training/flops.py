@@ -60,7 +60,7 @@ class ModelFlops:
     """What a token and a patch cost; made by `of_config`. All numbers are forward FLOPs.
 
     Attributes:
-        token: of the decoder's weights per token; head: of the output layer per token.
+        token: of the decoder's weights per token; head: of the output layer per token that has a loss.
         attention: of scores and values per layer sum, for each pair of a query and a key it sees.
         state: of the delta rule's state, per token.
         patch: of the vision tower's weights per patch, its share of the merger included.
@@ -74,8 +74,8 @@ class ModelFlops:
     patch: float
     patch_attention: float
 
-    def language(self, sequences: Iterable[int]) -> Work:
-        """The decoder and its head on sequences of so many tokens; packed ones are given one by one.
+    def language(self, sequences: Iterable[int], losses: int | None = None) -> Work:
+        """The decoder on sequences of so many tokens, packed ones given one by one, and its head on ``losses`` of them (None: all).
 
         Attention is causal: a sequence of n tokens has n (n + 1) / 2 pairs. Image tokens are tokens.
         """
@@ -83,7 +83,10 @@ class ModelFlops:
         for n in sequences:
             tokens += n
             pairs += n * (n + 1) // 2
-        return Work((self.token + self.head) * tokens, self.attention * pairs + self.state * tokens)
+        return Work(
+            self.token * tokens + self.head * (tokens if losses is None else losses),
+            self.attention * pairs + self.state * tokens,
+        )
 
     def images(self, frames: Iterable[int]) -> Work:
         """The vision tower on frames of so many patches (before merging); patches attend inside their frame, both ways."""

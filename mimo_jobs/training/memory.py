@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimo_jobs.families.qwen35_vl import dims
-from mimo_jobs.layout import IMAGES, LANGUAGE, ResolvedLayout, stage_layers
+from mimo_jobs.layout import HEAD_BLOCK_BYTES, IMAGES, LANGUAGE, ResolvedLayout, stage_layers
 
 GRADIENT = 4  # bytes of a trained parameter: fp32, whole on every rank (megatron-core's DistributedDataParallel)
 MOMENTS = 8  # two fp32 moments, shared out over the data parallel ranks (its distributed optimizer)
@@ -52,16 +52,16 @@ def state(elements: int, trained: int, adapters: int, dp: int, itemsize: int) ->
 
 def activations(
     config: Mapping[str, Any], layout: ResolvedLayout, *, micro_batch_size: int, max_length: int, itemsize: int,
-    recompute: bool, sequence_parallel: bool, images_train: bool = True,
+    recompute: bool, sequence_parallel: bool, images_train: bool = True, head_trains: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Component -> bytes of activations of a rank at the worst moment of a step.
 
     With recomputation a layer keeps its input alone, and one layer at a time has everything. Without it every layer does. Stage s of a
-    pipeline of p stages has p - s micro-batches under way, so the first one keeps most. The head (logits in the weights' dtype, in fp32,
-    and their gradient) is on the last stage.
+    pipeline of p stages has p - s micro-batches under way, so the first one keeps most. The head is on the last stage: a block of logits
+    (`modeling.loss`: in the weights' dtype, in fp32, and their gradient), and the gradient of its weight in fp32 and in its dtype.
 
     Args:
-        images_train: the images component has something that trains.
+        images_train: the images component has something that trains; head_trains: the head does.
     """
     d = dims(config)
     language, images = layout.components[LANGUAGE], layout.components[IMAGES]
@@ -69,12 +69,15 @@ def activations(
     inputs = tokens * d["hidden"] * itemsize // (language.tp if sequence_parallel else 1)
     mixer = max(d["q_and_gate"] + 2 * d["kv"] + 2 * d["q"], d["gdn_qkv"] * 2 + 3 * d["gdn_value"])
     inside = 4 * inputs + tokens * itemsize * (mixer + 3 * d["ffn"]) // language.tp
-    logits = tokens * -(-d["vocab"] // language.tp) * (itemsize + 4 + 4)
+    vocab = -(-d["vocab"] // language.tp)
+    head = min(tokens * vocab, HEAD_BLOCK_BYTES // 4) * (itemsize + 4 + itemsize)
+    if head_trains:
+        head += vocab * d["hidden"] * (4 + itemsize)
     stages = []
     for stage, layers in enumerate(stage_layers(d["layers"], language.pp)):
         under_way = language.pp - stage
         kept = len(layers) * under_way * (inputs if recompute else inside)
-        stages.append(kept + BACKWARD * inside + (logits if stage == language.pp - 1 else 0))
+        stages.append(kept + BACKWARD * inside + (head if stage == language.pp - 1 else 0))
     # Image tokens of the samples that one replica of the images component works on, each merge^2 patches.
     patches = tokens * language.dp // images.dp * d["v_merge"] ** 2
     v_inputs = patches * d["v_hidden"] * itemsize

@@ -261,7 +261,7 @@ def _flops(args: TrainArgs, built: BuiltModel) -> Any:
     def of_step(step: Step) -> float:
         table = step.table
         good = [s for row in table.rows for s in row]
-        work = model.language(int(table.tokens[s]) for s in good)
+        work = model.language((int(table.tokens[s]) for s in good), table.total(table.loss_tokens))
         patches, pairs = (sum(int(a[s]) for s in good) for a in (table.image_tokens * merge, table.patch_pairs))
         vision = flops.Work(model.patch * patches, model.patch_attention * pairs)
         return work.passes(language) + vision.passes(images)

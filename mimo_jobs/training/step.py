@@ -124,15 +124,14 @@ def _forward_step(watch: Stopwatch, microbatches: Iterator[Microbatch], model: A
     microbatch = next(microbatches)
     with watch.span("forward"):
         output, _ = model(**microbatch.inputs)
-    if microbatch.loss_mask is None or not model.role.is_last_stage(LANGUAGE):
+    if "targets" not in microbatch.inputs or not model.role.is_last_stage(LANGUAGE):
         return output, None
-    return output, partial(_masked_loss, microbatch.loss_mask)
+    return output, _summed_loss
 
 
-def _masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the losses (batch, seq) of the tokens that count; their number is used by `_finalize` alone."""
-    loss = (losses.float() * mask).sum()
-    return loss, mask.sum().to(torch.int), {"loss": loss.detach()}
+def _summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """megatron-core wants a number of tokens, too, for `_finalize`, which has it from the step table."""
+    return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach()}
 
 
 def _finalize(

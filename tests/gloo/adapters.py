@@ -20,6 +20,7 @@ from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import ENCODER, BuiltModel
 from mimo_jobs.modeling.forward import mrope_position_ids
 from mimo_jobs.modeling.lora import MAGNITUDE, adapted_layers
+from mimo_jobs.modeling.loss import Targets
 from mimo_jobs.training.step import trained_components, wrap_for_training
 from tests.gloo.batches import Batch, hf_logits
 from tests.gloo.reference_weights import reference_parameters
@@ -143,13 +144,14 @@ def gradients(built: BuiltModel, wrapped: Mapping[str, DistributedDataParallel],
     inputs: dict[str, Any] = dict(
         input_ids=batch.input_ids,
         position_ids=mrope_position_ids(built.hf, batch.input_ids, batch.grid_thw),
-        labels=labels(batch) if LANGUAGE in built.groups else None,
+        targets=Targets.of(labels(batch)) if LANGUAGE in built.groups else None,
         modality_inputs=images if IMAGES in built.groups and batch.pixel_values is not None else None,
     )
     if built.layout.colocated:
-        losses, _ = built.model(**inputs)
-        losses.mean().backward()
-        loss = losses.mean().item()
+        total, _ = built.model(**inputs)
+        mean = total / batch.input_ids.numel()
+        mean.backward()
+        loss = mean.item()
     else:
         loss = _pipelined(built, inputs, batch)
     for component, module in wrapped.items():
@@ -158,8 +160,8 @@ def gradients(built: BuiltModel, wrapped: Mapping[str, DistributedDataParallel],
 
 
 def _pipelined(built: BuiltModel, inputs: dict[str, Any], batch: Batch) -> float | None:
-    def mean(losses: Tensor) -> tuple[Tensor, dict[str, float]]:
-        loss = losses.mean()
+    def mean(total: Tensor) -> tuple[Tensor, dict[str, float]]:
+        loss = total / batch.input_ids.numel()
         return loss, {"loss": loss.item()}
 
     def step(_data: Any, model: torch.nn.Module) -> tuple[Any, Any]:

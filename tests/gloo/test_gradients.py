@@ -14,6 +14,7 @@ from mimo_jobs.layout import LANGUAGE, ParallelLayout
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.modeling.build import ENCODER, IMAGES, build
 from mimo_jobs.modeling.forward import mrope_position_ids
+from mimo_jobs.modeling.loss import Targets
 from tests.gloo.batches import VARIED, Batch, hf_logits, image_batch, tiny
 from tests.gloo.processes import run_ranks
 from tests.gloo.reference_weights import live_parameters, load_reference, reference_parameters
@@ -80,13 +81,14 @@ def _errors(
     model.modality_submodules[IMAGES] = images = DistributedDataParallel(
         configs[IMAGES], ddp, model.modality_submodules[IMAGES], pg_collection=groups[IMAGES]
     )
-    losses, _ = model(
+    total, _ = model(
         input_ids=batch.input_ids,
         position_ids=mrope_position_ids(built.hf, batch.input_ids, batch.grid_thw),
-        labels=_labels(batch),
+        targets=Targets.of(_labels(batch)),
         modality_inputs={IMAGES: {ENCODER: dict(pixel_values=batch.pixel_values, grid_thw=batch.grid_thw)}},
     )
-    losses.mean().backward()
+    loss = total / batch.input_ids.numel()
+    loss.backward()
     finalize_model_grads([language], None, groups[LANGUAGE], force_all_reduce=True)
     finalize_model_grads([images], None, groups[IMAGES], force_all_reduce=True)
     wanted = reference_parameters(built, gradients)
@@ -94,4 +96,4 @@ def _errors(
         name: ((parameter.main_grad - wanted[name]).square().sum().item(), wanted[name].square().sum().item())
         for name, parameter in live_parameters(built).items()
     }
-    return squares, losses.mean().item()
+    return squares, loss.item()

@@ -25,7 +25,7 @@ def of_rank(
     tp: int, dtype: torch.dtype, block_bytes: int, count: int, frozen: bool
 ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
     """Loss, and the gradients of this rank's hidden states and rows of the head; the loss is used three times over."""
-    losses.BLOCK_BYTES = block_bytes
+    losses.HEAD_BLOCK_BYTES = block_bytes
     hidden, weight, labels = inputs(dtype)
     padded = F.pad(weight, (0, 0, 0, -TOKENS % tp), value=9.0)  # padding must not count, whatever it holds
     own = padded.chunk(tp)[dist.get_rank()].clone().requires_grad_(not frozen)

@@ -108,7 +108,7 @@ def microbatches_of(
             )
             one.inputs["modality_inputs"] = images
         else:
-            one = Microbatch({"input_ids": None, "modality_inputs": images}, None, 1)
+            one = Microbatch({"input_ids": None, "modality_inputs": images}, 1)
         made.append(one)
     return made
 

@@ -115,6 +115,7 @@ def test_attention_grows_with_the_square_and_packed_sequences_do_not_see_each_ot
     cost = flops.of_config(tiny._config(TINY).to_dict())
     one, two = cost.language([4096]), cost.language([2048, 2048])
     assert one.weights == two.weights
+    assert one.weights - cost.language([4096], losses=96).weights == cost.head * 4000
     assert one.mixing - two.mixing == cost.attention * 2048 * 2048
     assert (cost.images([100]) + cost.images([50])).mixing == cost.images([100, 50]).mixing
 

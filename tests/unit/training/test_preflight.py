@@ -237,6 +237,7 @@ def test_activations_grow_and_shrink_with_what_they_are_made_of():
     assert of_published("9B", {"language": {"tp": 4}, "images": {"tp": 2}})["language"] < base["language"]
     assert of_published("9B", apart, images_train=False)["images"] < base["images"]
     assert of_published("9B", apart, recompute=False)["language"] > 2 * base["language"]
+    assert of_published("9B", apart, head_trains=False)["language"] < base["language"]
 
 
 def test_state_is_shared_out_over_replicas_as_megatron_core_does():
