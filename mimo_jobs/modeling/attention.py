@@ -3,8 +3,9 @@
 megatron-core's stock pieces need transformer-engine, flash-linear-attention or ``parallel_state``; these do not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import megatron.core.ssm.gated_delta_net.common as mcore_gdn
@@ -22,6 +23,23 @@ from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """Sequences one behind the other, each attended to for itself.
+
+    Attributes:
+        lengths: of the sequences, on the host: nobody has to ask a device for them.
+    """
+
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "Packed":
+        """From the lengths, in order."""
+        bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+        return cls("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths))
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -73,8 +91,8 @@ class ScaledDotProductAttention(MegatronModule):
         if packed_seq_params is None:
             out = self._attend(q, k, v, causal)
         else:
-            bounds = packed_seq_params.cu_seqlens_q
-            lengths = (bounds[1:] - bounds[:-1]).tolist()
+            assert isinstance(packed_seq_params, Packed)
+            lengths = list(packed_seq_params.lengths)
             parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
             out = torch.cat([self._attend(*part, causal) for part in parts], 2)
         out = out.permute(2, 0, 1, 3).reshape(seq, batch, -1)
@@ -155,7 +173,7 @@ class GatedDeltaNet(McoreGatedDeltaNet):
         self,
         hidden_states: Tensor,
         attention_mask: Any = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Packed | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix along the sequence, from the left; packed samples (thd) do not see one another.
@@ -170,14 +188,12 @@ class GatedDeltaNet(McoreGatedDeltaNet):
             return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         return self._forward_packed(hidden_states, packed_seq_params)
 
-    def _forward_packed(self, hidden_states: Tensor, packed: PackedSeqParams) -> tuple[Tensor, Tensor | None]:
+    def _forward_packed(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None]:
         """The torch rule knows no boundaries: between the projections, samples lie beside each other, right-padded."""
         in_proj: Any = self.in_proj
         out_proj: Any = self.out_proj
         projected, _ = in_proj(hidden_states)  # seq, 1, sections
-        bounds = packed.cu_seqlens_q
-        samples = projected[:, 0].split((bounds[1:] - bounds[:-1]).tolist())
-        lengths = [len(s) for s in samples]
+        samples = projected[:, 0].split(list(packed.lengths))
         padded = torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True)  # samples, longest, sections
         batch, longest, _ = padded.shape
         qkv, gate, beta, alpha = padded.split(self.feat_dim_split, -1)
@@ -191,7 +207,7 @@ class GatedDeltaNet(McoreGatedDeltaNet):
         decay, beta = self._compute_g_and_beta(self.A_log, self.dt_bias, alpha, beta)
         out, _ = self.gated_delta_rule(query, key, value, g=decay, beta=beta)
         out = self._gated_norm_and_a2a(out, gate, None, batch, longest)  # longest, samples, values
-        joined = torch.cat([out[:length, i] for i, length in enumerate(lengths)])[:, None]
+        joined = torch.cat([out[:length, i] for i, length in enumerate(packed.lengths)])[:, None]
         return out_proj(joined)
 
     def _compute_g_and_beta(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -12,6 +12,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from mimo_jobs.layout import IMAGES
+from mimo_jobs.modeling.attention import Packed
 from mimo_jobs.modeling.loss import Targets
 
 
@@ -66,6 +67,9 @@ class Mimo(MimoModel):
             return text
         tokens = images.index_select(0, self._places.rows).to(text.dtype)
         return text.flatten(0, 1).index_copy(0, self._places.positions, tokens).view_as(text)
+
+    def _build_packed_seq_params(self, packing_kwargs: dict[str, Packed] | None) -> Packed | None:
+        return None if packing_kwargs is None else packing_kwargs["packed"]
 
     def zero_grad_buffer(self) -> None:
         """Zero the gradients of the components that train; frozen ones have no buffer."""

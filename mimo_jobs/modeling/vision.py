@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from mimo_jobs.modeling.attention import ScaledDotProductAttention
+from mimo_jobs.modeling.attention import Packed, ScaledDotProductAttention
 from mimo_jobs.modeling.norms import LayerNorm, parameter_device
 from mimo_jobs.modeling.rope import VisionRope
+from mimo_jobs.modeling.tensors import moved
 
 _BIAS_DROPOUT_ADD: Any = get_bias_dropout_add  # megatron-core annotates specs only
 
@@ -42,6 +42,41 @@ class Padding:
 
     rows: Tensor
     length: int
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What the sizes of the images say of their patches; made where the sizes are, on the host.
+
+    Attributes:
+        positions: int64 (patches, 2), row and column.
+        taps: int64 (patches, 4), entries of the learned square table of positions to be mixed; weights: fp32 of the same shape.
+        frames: patches attend within their own frame of their own image.
+    """
+
+    positions: Tensor
+    taps: Tensor
+    weights: Tensor
+    frames: Packed
+
+    @classmethod
+    def of(cls, grid_thw: Tensor, vision: PreTrainedConfig) -> "Patches":
+        """From int64 (images, 3): frames, patch rows and patch columns of each image."""
+        grid_thw = grid_thw.cpu()
+        merge = vision.spatial_merge_size
+        taps, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=int(vision.num_position_embeddings**0.5),
+            mode="bilinear",
+            align_corners=True,
+            spatial_merge_size=merge,
+        )
+        frames = Packed.of([rows * columns for count, rows, columns in grid_thw.tolist() for _ in range(count)])
+        return cls(get_vision_position_ids(grid_thw, merge), taps, weights, frames)
+
+    def to(self, device: torch.device) -> "Patches":
+        """On a device."""
+        return moved(self, lambda t: t.to(device))
 
 
 class VisionTower(MegatronModule):
@@ -67,24 +102,33 @@ class VisionTower(MegatronModule):
         rope_base = (vision.rope_parameters or {}).get("rope_theta", 10000.0)
         self.rope = VisionRope(config.kv_channels, rope_base, parameter_device(config))
 
-    def forward(self, pixel_values: Tensor | None, grid_thw: Tensor | None, padding: Padding | None = None) -> Tensor:
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        grid_thw: Tensor | None = None,
+        padding: Padding | None = None,
+        patches: Patches | None = None,
+    ) -> Tensor:
         """Encode images of any sizes in one packed sequence.
 
         Args:
             pixel_values: (patches, channels * temporal patch * patch * patch), as HF's image processor makes them;
                 None where this rank has no image, only padding.
-            grid_thw: int64 (images, 3): frames, patch rows, patch columns of each image.
+            grid_thw: int64 (images, 3): frames, patch rows, patch columns of each image; not needed with patches.
             padding: spread the tokens over a longer output.
 
         Returns:
             (patches / spatial_merge_size**2, out_hidden_size) in the parameters' dtype, image after image; or
             (padding.length, out_hidden_size).
         """
-        if pixel_values is None or grid_thw is None:
+        if pixel_values is None:
             assert padding is not None
             return self._blank(padding.length).requires_grad_(torch.is_grad_enabled())
+        if patches is None:
+            assert grid_thw is not None
+            patches = Patches.of(grid_thw, self.vision).to(pixel_values.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
-            tokens = self._encode(pixel_values, grid_thw)
+            tokens = self._encode(pixel_values, patches)
             if padding is not None:
                 tokens = self._blank(padding.length).index_copy(0, padding.rows, tokens)
         # The pipeline sends a gradient back also to a frozen tower, where it ends.
@@ -99,25 +143,14 @@ class VisionTower(MegatronModule):
         weight = self.patch_embed.weight
         return torch.zeros(length, self.vision.out_hidden_size, dtype=weight.dtype, device=weight.device)
 
-    def _encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def _encode(self, pixel_values: Tensor, patches: Patches) -> Tensor:
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
-        hidden = hidden + self._positions(grid_thw).to(hidden.dtype)
-        angles = self.rope(get_vision_position_ids(grid_thw, self.vision.spatial_merge_size))
+        hidden = hidden + (self.pos_embed(patches.taps) * patches.weights[:, :, None]).sum(1).to(hidden.dtype)
+        angles = self.rope(patches.positions)
         hidden = self.decoder(
-            hidden[:, None], attention_mask=None, rotary_pos_emb=angles, packed_seq_params=_frames(grid_thw)
+            hidden[:, None], attention_mask=None, rotary_pos_emb=angles, packed_seq_params=patches.frames
         )
         return self.merger(hidden[:, 0])
-
-    def _positions(self, grid_thw: Tensor) -> Tensor:
-        """The learned square table of positions resampled to each image's grid: (patches, hidden)."""
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid_thw,
-            num_grid_per_side=int(self.vision.num_position_embeddings**0.5),
-            mode="bilinear",
-            align_corners=True,
-            spatial_merge_size=self.vision.spatial_merge_size,
-        )
-        return (self.pos_embed(indices) * weights[:, :, None]).sum(1)
 
 
 class PatchMerger(MegatronModule):
@@ -143,16 +176,6 @@ class PatchMerger(MegatronModule):
 def vision_spec(hf: PreTrainedConfig, config: TransformerConfig, groups: ProcessGroupCollection | None) -> ModuleSpec:
     """The spec of the tower; ``groups`` is None on a rank outside the component, where it is never built."""
     return ModuleSpec(module=VisionTower, params=dict(config=config, vision=hf.vision_config, pg_collection=groups))
-
-
-def _frames(grid_thw: Tensor) -> PackedSeqParams:
-    """Patches attend within their own frame of their own image."""
-    lengths = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
-    longest = int(lengths.max())
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
 
 
 def _layer_spec() -> ModuleSpec:

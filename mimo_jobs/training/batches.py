@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mimo_jobs.modeling.attention import Packed
 from mimo_jobs.modeling.forward import mrope_position_ids
 from mimo_jobs.modeling.loss import Targets
 from mimo_jobs.modeling.mimo import ImagePlaces
-from mimo_jobs.modeling.vision import Padding
+from mimo_jobs.modeling.tensors import moved
+from mimo_jobs.modeling.vision import Padding, Patches
 from mimo_jobs.training.data.encode import IGNORED, Encoded
 
 
@@ -115,21 +116,7 @@ class Microbatch:
         return self._each(lambda t: t.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Microbatch":
-        return Microbatch(_changed(self.inputs, change), self.seq_length)
-
-
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, ImagePlaces):
-        return ImagePlaces(change(value.rows), change(value.positions))
-    if isinstance(value, Targets):
-        return Targets(change(value.places), change(value.labels))
-    if isinstance(value, Padding):
-        return Padding(change(value.rows), value.length)
-    if isinstance(value, dict):
-        return {k: _changed(v, change) for k, v in value.items()}
-    return value
+        return Microbatch(moved(self.inputs, change), self.seq_length)
 
 
 def padding_of(table: StepTable, shares: Shares, microbatch: int) -> int:
@@ -138,19 +125,20 @@ def padding_of(table: StepTable, shares: Shares, microbatch: int) -> int:
 
 
 def images_inputs(
-    table: StepTable, shares: Shares, microbatch: int, replica: int, pixels: Mapping[int, tuple[Tensor, Tensor]]
-) -> dict[str, Any] | None:
+    hf: PreTrainedConfig, table: StepTable, shares: Shares, microbatch: int, replica: int, pixels: Mapping[int, tuple[Tensor, Tensor]]
+) -> dict[str, Any] | None:  # fmt: skip
     """Arguments of ``VisionTower.forward``, or None when no rank has an image to encode.
 
     Args:
+        hf: the whole model's config.
         pixels: position of a sample -> float32 (patches, features) and int64 (images, 3); samples without images may be missing.
     """
     rows = shares.images_rows(microbatch, replica)
     made = [pixels[s] for row in rows for s in table.rows[row] if table.image_tokens[s]]
-    inputs: dict[str, Any] = {"pixel_values": None, "grid_thw": None}
+    inputs: dict[str, Any] = {"pixel_values": None}
     if made:
         inputs["pixel_values"] = torch.cat([p for p, _ in made])
-        inputs["grid_thw"] = torch.cat([g for _, g in made])
+        inputs["patches"] = Patches.of(torch.cat([g for _, g in made]), hf.vision_config)
     if not shares.padded:
         return inputs if made else None
     length = padding_of(table, shares, microbatch)
@@ -207,7 +195,9 @@ def language_inputs(
         input_ids=ids, position_ids=positions, targets=Targets.of(labels, IGNORED), image_places=_places(hf, table, shares, microbatch, replica, ids)
     )  # fmt: skip
     if packing:
-        inputs["packing_kwargs"] = _bounds([len(s.input_ids) for s in rows[0]], longest)
+        lengths = [len(s.input_ids) for s in rows[0]]
+        rest = longest - sum(lengths)  # the padding is a sample of its own
+        inputs["packing_kwargs"] = {"packed": Packed.of([*lengths, rest] if rest else lengths)}
     return Microbatch(inputs, longest)
 
 
@@ -223,11 +213,3 @@ def _places(
     filled = torch.from_numpy(_filled([table.images_in(slot) for slot in own], length))
     assert len(filled) == len(positions), (len(filled), len(positions))
     return ImagePlaces(filled, positions)
-
-
-def _bounds(lengths: Sequence[int], total: int) -> dict[str, Any]:
-    """Bounds of packed samples for ``PackedSeqParams``; the padding at the end is a sample of its own."""
-    lengths = [*lengths, *([rest] if (rest := total - sum(lengths)) else [])]
-    bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    longest = max(lengths)
-    return dict(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mimo_jobs.checkpoint.manifest import write_json
 from mimo_jobs.checkpoint.model_io import adapter_state, load_adapters, load_model, sharded_state
+from mimo_jobs.conversion.publish import sync, sync_tree
 from mimo_jobs.errors import UserError
 from mimo_jobs.modeling.build import BuiltModel
 from mimo_jobs.training.moments import SHARDING, load_own_state, share_out
@@ -110,10 +111,10 @@ class Checkpoints:
             if self._finish is not None:
                 self._finish(pending.staging, files)
             write_json(pending.staging / RECORD, asdict(pending.saved) | {"files": files})
-            _flush(pending.staging)
+            sync_tree(pending.staging)
             shutil.rmtree(final, ignore_errors=True)  # one that was not whole
             os.rename(pending.staging, final)
-            _flush(self.root, files=False)
+            sync(self.root)
             # A later one is no part of this run's history: it was not whole, and is written again.
             kept = [found for found in completed(self.root) if found[0] <= pending.saved.step]
             for _, old in kept[self._keep :]:
@@ -251,13 +252,3 @@ def _fill_empty_state(optimizer: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-
-
-def _flush(directory: Path, files: bool = True) -> None:
-    """fsync a directory, and the files in it."""
-    for path in [*(p for p in directory.iterdir() if files and p.is_file()), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

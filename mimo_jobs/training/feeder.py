@@ -207,7 +207,7 @@ class Feeder:
         for m in range(shares.microbatches):
             images = None
             if IMAGES in built.groups:
-                found = images_inputs(table, shares, m, built.groups[IMAGES].dp.rank(), pixels)
+                found = images_inputs(built.hf, table, shares, m, built.groups[IMAGES].dp.rank(), pixels)
                 images = {IMAGES: {ENCODER: found}} if found is not None else None
             if LANGUAGE in built.groups:
                 replica = built.groups[LANGUAGE].dp.rank()

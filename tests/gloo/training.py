@@ -91,7 +91,7 @@ def microbatches_of(
     for m in range(shares.microbatches):
         images = None
         if "images" in built.groups:
-            found = images_inputs(table, shares, m, built.groups["images"].dp.rank(), pixels)
+            found = images_inputs(built.hf, table, shares, m, built.groups["images"].dp.rank(), pixels)
             images = {"images": {"vision": found}} if found is not None else None
         if "language" in built.groups:
             config = built.configs["language"]
