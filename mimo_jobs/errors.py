@@ -17,7 +17,11 @@ class UsageError(UserError):
 
 
 class JobFailed(UserError):
-    """A job (or another of its ranks) failed; the message is the first error of the first failing rank."""
+    """A job (or another of its ranks) failed; message and exit code are those of the first error of the first failing rank."""
+
+    def __init__(self, message: str, exit_code: int = UserError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

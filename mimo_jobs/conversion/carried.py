@@ -37,13 +37,12 @@ class Carried:
     manifest: Manifest
 
     def attach(
-        self, staging: Path, files: dict[str, int], layout: ResolvedLayout, identity: dict[str, Any], digests: dict[str, str]
+        self, staging: Path, files: dict[str, int], layout: ResolvedLayout, identity: dict[str, Any]
     ) -> None:  # fmt: skip
         """Make a MIMO checkpoint of a directory with trained weights; the manifest is its last file. Links where it can.
 
         Args:
             files: weight file -> bytes, of what was trained.
-            digests: of the tensors (`exported_digests`), empty if not known.
         """
         for part in (HF_DIR, HEADERS_DIR):
             (staging / part).mkdir(exist_ok=True)
@@ -58,7 +57,7 @@ class Carried:
         casts = {name: cast for name, cast in before.casts.items() if name in before.passed_through}
         write_manifest(
             dataclasses.replace(
-                before, job="sft", layout=layout.as_layout(), digests=digests, casts=casts, files=files, versions=versions(), identity=identity,
+                before, job="sft", layout=layout.as_layout(), digests={}, casts=casts, files=files, versions=versions(), identity=identity,
             ),
             staging,
         )  # fmt: skip

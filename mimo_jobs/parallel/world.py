@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mimo_jobs.errors import JobFailed
+from mimo_jobs.errors import JobFailed, UserError
 from mimo_jobs.parallel import attempt
 from mimo_jobs.parallel.progress import REPORT_SECONDS, ProgressFile
 
@@ -40,7 +40,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, record: Path | str | None = None, run_id: str = "") -> None:
         self.rank, self.size, self.run_id = rank, size, run_id
         self.record = Path(record) if record is not None else None
-        self.failure: tuple[int, str] | None = None  # (rank, message) of the first failure
+        self.failure: tuple[int, str, int] | None = None  # rank, message and exit code of the first failure
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._results: dict[str, dict[int, Any]] = {}
@@ -120,7 +120,7 @@ class World:
             try:
                 address = json.loads(self._address_file.read_text())
                 if "failed" in address and not self._is_left_over():
-                    raise JobFailed(address["failed"])
+                    raise JobFailed(*address["failed"])
                 hosts = ["127.0.0.1"] if own in address["hosts"] else address["hosts"]
                 peer = _first_connection(hosts, address["port"])
                 break
@@ -168,7 +168,7 @@ class World:
     def _receive(self, rank: int, message: dict) -> None:
         kind = message["kind"]
         if kind == "failed":
-            self._fail(message["rank"], message["message"])
+            self._fail(message["rank"], message["message"], message["code"])
         elif kind == "moved":
             with self._lock:
                 self._done[rank] = message["done"]
@@ -191,12 +191,12 @@ class World:
         with contextlib.suppress(OSError, KeyError):  # gone, or not come yet
             self._peers[rank].sendall(_line(message))
 
-    def _fail(self, rank: int, message: str) -> None:
+    def _fail(self, rank: int, message: str, code: int = 1) -> None:
         """Remember the first failure, tell everybody, and end this process soon if its work does not notice."""
         with self._arrived:
             if self.failure is not None or self._closing:
                 return
-            self.failure = (rank, message)
+            self.failure = (rank, message, code)
             self._arrived.notify_all()
             if rank != self.rank:
                 seconds = FLUSH_SECONDS if message == INTERRUPTED else GRACE_SECONDS
@@ -205,7 +205,7 @@ class World:
                 self._watchdog.start()
         if self.rank == 0:
             for peer in list(self._peers):
-                self._send(peer, {"kind": "failed", "rank": rank, "message": message})
+                self._send(peer, {"kind": "failed", "rank": rank, "message": message, "code": code})
 
     @property
     def main_host(self) -> str:
@@ -222,7 +222,7 @@ class World:
     def check(self) -> None:
         """Raise `JobFailed` with the first error when another rank has failed."""
         if self.failure is not None and self.failure[0] != self.rank:
-            raise JobFailed(self.failure[1])
+            raise JobFailed(*self.failure[1:])
 
     # ------------------------------------------------------------------------------------------- used by the jobs
 
@@ -339,13 +339,14 @@ class World:
         heard = self.failure
         if error is not None and self.failure is None:
             message = str(error) or (INTERRUPTED if isinstance(error, KeyboardInterrupt) else repr(error))
+            code = error.exit_code if isinstance(error, UserError) else 1
             if self.size == 1:
-                self.failure = (self.rank, message)
+                self.failure = (self.rank, message, code)
             elif self.rank == 0:
-                self._fail(0, message)
+                self._fail(0, message, code)
             else:
-                self.failure = (self.rank, message)
-                self._send(0, {"kind": "failed", "rank": self.rank, "message": message})
+                self.failure = (self.rank, message, code)
+                self._send(0, {"kind": "failed", "rank": self.rank, "message": message, "code": code})
         with self._lock:
             self._closing = True
             if self._watchdog is not None:
@@ -364,7 +365,7 @@ class World:
             if error is not None:
                 self._after_all_ranks()
         if isinstance(error, KeyboardInterrupt) and heard is not None:
-            raise JobFailed(heard[1]) from None
+            raise JobFailed(*heard[1:]) from None
 
     def _leave_word_for_late_ranks(self) -> None:
         """The address goes; a rank that was still to come finds the failure in its place."""
@@ -372,7 +373,7 @@ class World:
             self._address_file.unlink(missing_ok=True)
             return
         temporary = self._address_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"failed": self.failure[1]}))
+        temporary.write_text(json.dumps({"failed": self.failure[1:]}))
         os.replace(temporary, self._address_file)
 
     def _after_all_ranks(self) -> None:

@@ -94,7 +94,7 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
 
     def finish(staging: Path, files: dict[str, int]) -> None:
         if carried is not None:
-            carried.attach(staging, files, args.layout, {}, {})
+            carried.attach(staging, files, args.layout, {})
 
     checkpoints = Checkpoints(
         built, updates, args.checkpoints, args.saving.keep, args.saving.background, adapters=args.lora is not None, finish=finish
@@ -319,7 +319,7 @@ def _publish(args: TrainArgs, built: BuiltModel, carried: Carried | None, world:
             path.rename(staging / path.name)
         weights.rmdir()
         files = {p.name: p.stat().st_size for p in sorted(staging.glob("*.distcp"))}
-        carried.attach(staging, files, args.layout, dict(args.identity), {})
+        carried.attach(staging, files, args.layout, dict(args.identity))
     world.barrier("trained manifest")
     digests = exported_digests(staging, args.layout, world)
     summary: dict[str, Any] = {"target": str(args.target)}
