@@ -37,7 +37,7 @@ def trained(directory: Path, dtype: str, *, digests: bool = True) -> Path:
     for file in (*weights.glob("*.distcp"), weights / ".metadata", weights / "metadata.json"):
         shutil.copyfile(file, sft / file.name)
     files = {p.name: p.stat().st_size for p in sft.glob("*.distcp")}
-    Carried(directory / "mimo", read_manifest(directory / "mimo")).attach(sft, files, layout, {"job": "sft"}, {})
+    Carried(directory / "mimo", read_manifest(directory / "mimo")).attach(sft, files, layout, {"job": "sft"})
     if digests:
         found = exported_digests(sft, layout, World())
         assert found is not None
