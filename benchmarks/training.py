@@ -1,0 +1,265 @@
+"""Training speed on one GPU, beside transformers' own model in a plain PyTorch loop: the same weights, the same samples, in turns.
+
+    python -m benchmarks.training --shape 0.8b --rows 4 --tokens 2048 --image 768
+    python -m benchmarks.training --shape tiny --rows 2 --tokens 128 --image 32 --steps 2 --output /tmp/look.json     # anywhere, to see that it runs
+
+Every row is a sample of ``tokens`` tokens with one square image; all text has a loss. Both recompute every layer, keep optimizer state in
+fp32 (transformers: fp32 weights under bf16 autocast; ``--baseline bf16``: weights and state in bf16), and use flash-linear-attention if
+it is there. Each side runs in a process of its own, in turns; a step's time is the median after the warm-up. The losses of both sides
+stand beside each other: they are the same training. Writes benchmarks/results/training.json.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SIDES = ("transformers", "mimo_jobs")
+LR = 1e-5
+PACKAGES = {
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "transformers": "transformers",
+    "flash-linear-attention": "fla",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("tiny", "0.8b"), default="0.8b")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--image", type=int, default=768, help="pixels a side")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--recompute", choices=("full", "none"), default="full")
+    parser.add_argument("--baseline", choices=("mixed", "bf16"), default="mixed")
+    parser.add_argument("--model", help="directory for the checkpoint; made if it is not there")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--output", default=str(RESULTS / "training.json"))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.side:
+        run = with_transformers if options.side == "transformers" else with_mimo_jobs
+        print(json.dumps(measured(run, options)))
+        return
+    with tempfile.TemporaryDirectory() as place:
+        options.model = options.model or f"{place}/model"
+        make_model(options)
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for _ in range(options.repeats):
+            for side in SIDES:
+                found[side].append(in_a_process(side, options))
+                print(side, json.dumps(found[side][-1]), flush=True)
+    write(found, options)
+
+
+def make_model(options: argparse.Namespace) -> None:
+    """A checkpoint of random weights of the shape, if it is not there."""
+    from mimo_jobs.conversion.tiny import Shape, make_tiny, shape_0_8b
+
+    if not Path(options.model).exists():
+        make_tiny(options.model, shape=shape_0_8b() if options.shape == "0.8b" else Shape())
+
+
+def in_a_process(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    words = [f"--{n}={v}" for n, v in vars(options).items() if v is not None and n not in ("side", "output")]
+    command = [sys.executable, "-m", "benchmarks.training", f"--side={side}", *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        sys.exit(f"{side}: {ended.stderr[-3000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def measured(run: Callable[..., tuple[Callable[[], float], Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Losses, median seconds of a step, tokens a second, share of the matrix rate, peak memory."""
+    import torch
+
+    from mimo_jobs.training import flops
+
+    cuda = torch.cuda.is_available()
+    step, config = run(options)
+    losses, seconds = [], []
+    for _ in range(options.warmup + options.steps):
+        started = time.perf_counter()
+        losses.append(step())  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    patches = (options.image // config["vision_config"]["patch_size"]) ** 2
+    model, tokens = flops.of_config(config), options.rows * options.tokens
+    work = model.language([options.tokens] * options.rows, loss_tokens(config, options)) + model.images(
+        [patches] * options.rows
+    )
+    median, rate = statistics.median(seconds[options.warmup :]), matrix_rate() if cuda else None
+    return {
+        "losses": [round(loss, 5) for loss in losses], "step_seconds": round(median, 4), "tokens_per_second": round(tokens / median, 1),
+        "mfu_of_matrix_rate": round(work.passes("trained") / median / rate, 4) if rate else None,
+        "matrix_tflops": round(rate / 1e12, 1) if rate else None,
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
+    }  # fmt: skip
+
+
+def samples_of(config: dict[str, Any], options: argparse.Namespace) -> list[Any]:
+    """Random samples: an image, then text; the label of a token is the next one, unless that is of an image."""
+    import torch
+
+    from mimo_jobs.training.batches import IGNORED
+    from tests.gloo.training import Sample
+
+    vision = config["vision_config"]
+    side, features = (
+        options.image // vision["patch_size"],
+        vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
+    )
+    image_tokens = side**2 // vision["spatial_merge_size"] ** 2
+    generator, made = torch.Generator().manual_seed(0), []
+    for _ in range(options.rows):
+        text = torch.randint(0, 250, (options.tokens - image_tokens - 2,), generator=generator)
+        head = [
+            config["vision_start_token_id"],
+            *[config["image_token_id"]] * image_tokens,
+            config["vision_end_token_id"],
+        ]
+        ids = torch.cat([torch.tensor(head), text])
+        labels = torch.cat([ids[1:], torch.tensor([IGNORED])])
+        labels[labels == config["image_token_id"]] = IGNORED
+        pixels = torch.randn(side**2, features, generator=generator)
+        made.append(Sample(ids, labels, torch.tensor([[1, side, side]]), pixels))
+    return made
+
+
+def loss_tokens(config: dict[str, Any], options: argparse.Namespace) -> int:
+    return sum(int((s.labels >= 0).sum()) for s in samples_of(config, options))
+
+
+def with_transformers(options: argparse.Namespace) -> tuple[Callable[[], float], Any]:
+    """transformers' model, its own loss and gradient checkpointing, AdamW."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if options.baseline == "bf16" else torch.float32
+    model: Any = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(device).train()
+    if options.recompute == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    samples = samples_of(config, options)
+    ids = torch.stack([s.input_ids for s in samples]).to(device)
+    inputs = {
+        "input_ids": ids, "labels": ids.masked_fill(ids == config["image_token_id"], -100),
+        "pixel_values": torch.cat([s.pixel_values for s in samples]).to(device),
+        "image_grid_thw": torch.cat([s.image_grid_thw for s in samples]).to(device),
+        "mm_token_type_ids": (ids == config["image_token_id"]).int(), "use_cache": False,
+    }  # fmt: skip
+
+    def step() -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=options.baseline == "mixed"):
+            loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step, config
+
+
+def with_mimo_jobs(options: argparse.Namespace) -> tuple[Callable[[], float], Any]:
+    """Both components on one rank, as `qwen35vl_sft` trains them."""
+    import torch
+
+    from mimo_jobs.conversion.fill import fill_model
+    from mimo_jobs.layout import ComponentLayout, ParallelLayout
+    from mimo_jobs.modeling.build import build
+    from mimo_jobs.parallel.world import World
+    from mimo_jobs.training.batches import Shares
+    from mimo_jobs.training.config import Optimizer
+    from mimo_jobs.training.optimizer import make_optimizer
+    from mimo_jobs.training.process import distributed
+    from mimo_jobs.training.run import RECOMPUTE
+    from mimo_jobs.training.step import run_step, wrap_for_training
+    from mimo_jobs.training.stopwatch import Stopwatch
+    from tests.gloo.training import microbatches_of, table_of
+
+    device = distributed(World()).__enter__()  # until the process ends
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    layout = ParallelLayout(ComponentLayout(), ComponentLayout(), 1).resolve()
+    built = build(
+        config,
+        layout,
+        dtype=torch.bfloat16,
+        overrides=dict.fromkeys(("language", "images"), RECOMPUTE[options.recompute]),
+    )
+    fill_model(built, Path(options.model))
+    wrap_for_training(built)
+    updates = make_optimizer(
+        built, Optimizer(lr=LR, weight_decay=0.0, schedule="constant"), options.warmup + options.steps
+    )
+    samples, shares = samples_of(config, options), Shares(1, 1, options.rows, 1)
+    table = table_of(samples, [[i] for i in range(options.rows)])
+    batch = [m.to(device) for m in microbatches_of(built, samples, table, shares)]
+    total, watch = table.total(table.loss_tokens), Stopwatch()
+
+    def step() -> float:
+        updates.set_step(0)
+        loss = run_step(built, batch, total, watch)
+        updates.apply()
+        return loss.item() / total
+
+    return step, config
+
+
+def matrix_rate(size: int = 8192, times: int = 20) -> float:
+    """FLOP/s of a bf16 matrix product on this card: what a share of can be had."""
+    import torch
+
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for _ in range(3):
+        left @ right
+    events[0].record()
+    for _ in range(times):
+        left @ right
+    events[1].record()
+    torch.cuda.synchronize()
+    return 2 * size**3 * times / (events[0].elapsed_time(events[1]) / 1000)
+
+
+def write(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    import torch
+
+    settings = {n: v for n, v in vars(options).items() if n not in ("side", "output", "model")}
+    best = {side: max(r["tokens_per_second"] for r in runs) for side, runs in found.items()}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    packages = [p for p in PACKAGES if importlib.util.find_spec(PACKAGES[p])]
+    result = {
+        "command": f"python -m benchmarks.training {' '.join(f'--{n} {v}' for n, v in settings.items())}", "commit": commit,
+        "machine": {
+            "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+        "versions": {p: metadata.version(p) for p in packages}, "settings": settings, "runs": found,
+        "ratio": round(best["mimo_jobs"] / best["transformers"], 3),
+    }  # fmt: skip
+    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"mimo_jobs {best['mimo_jobs']:.0f} tokens/s, transformers {best['transformers']:.0f}: {result['ratio']}x; written: {options.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()
