@@ -101,7 +101,7 @@ class Cluster:
     seconds until a silent node is DOWN.
     """
 
-    def __init__(self, root: Path, nodes=3, gpus=8, cpus=32, memory_mb=64000, grace=20, **options: int):
+    def __init__(self, root: Path, nodes=3, gpus=8, cpus=32, memory_mb=64000, grace=12, **options: int):
         if len(str(root)) > 70:
             raise ValueError(f"{root}: too long for the Unix sockets under it")
         self.root, self.gpus, self.cpus, self.memory_mb, self.grace = root, gpus, cpus, memory_mb, grace

@@ -58,7 +58,7 @@ def test_high_qos_preempts_and_the_victim_runs_again(cluster, sbatch, tmp_path):
     cluster.wait("the victim", lambda: output.exists() and "start" in output.read_text())
     urgent = sbatch("true", "-N3", "--exclusive", "--qos=high")
     cluster.wait("the signal", lambda: "warned" in output.read_text())
-    cluster.wait_state(urgent, "COMPLETED")
+    cluster.wait_state(urgent, "COMPLETED", seconds=cluster.grace + 30)  # the victim stays for all of its grace
     assert cluster.wait_state(victim, "PENDING")["reason"] == "BeginTime"  # for cred_expire seconds, then it runs
 
 
