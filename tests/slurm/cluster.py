@@ -126,6 +126,7 @@ class Cluster:
             munge = ["--foreground", "--force", f"--key-file={self.root}/munge.key", f"--socket={self.root}/munge"]
             munge += [f"--{kind}-file={self.root}/munged.{kind}" for kind in ("pid", "log", "seed")]
             self._spawn("munged", "thead", "munged", *munge)
+            (self.root / "tmp").mkdir()  # in /tmp, a server that starts removes the temporary tables of all others
             made = subprocess.run(
                 ["mariadb-install-db", f"--defaults-file={self.root}/my.cnf", "--user=root", "--skip-test-db"],
                 env=self._environ, capture_output=True, text=True, start_new_session=True,
@@ -363,6 +364,7 @@ user=root
 datadir={root}/db
 socket={root}/db.sock
 pid-file={root}/db.pid
+tmpdir={root}/tmp
 skip-networking
 skip-log-bin
 performance-schema=OFF
