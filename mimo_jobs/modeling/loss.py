@@ -50,6 +50,8 @@ def linear_cross_entropy(
     Returns:
         fp32 scalar, the same on every rank.
     """
+    if not torch.is_grad_enabled():  # a parameter wants a gradient all the same
+        weight = weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels, tokens, group)  # pyright: ignore[reportReturnType]
 
 

@@ -69,3 +69,16 @@ def test_16_bits_are_as_transformers_has_them() -> None:
 def test_a_frozen_head_and_a_microbatch_without_a_loss() -> None:
     for loss, d_hidden, d_weight in run_ranks(2, of_rank, 2, torch.float32, 1 << 20, 0, True):
         assert loss == 0.0 and d_hidden.shape == (0, HIDDEN) and d_weight is None
+
+
+def of_validation() -> float:
+    hidden, weight, labels = inputs(torch.float32)
+    losses._add_product = None  # pyright: ignore[reportAttributeAccessIssue]  # a call would be an error
+    with torch.no_grad():
+        return linear_cross_entropy(hidden, weight.requires_grad_(), labels, TOKENS, dist.group.WORLD).item()  # pyright: ignore
+
+
+def test_a_validation_makes_no_gradient_of_the_head() -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    expected = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum").item()
+    assert run_ranks(1, of_validation) == pytest.approx([expected], rel=1e-6)
