@@ -4,6 +4,11 @@ from typing import Any
 
 import torch
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+# The reference computes in plain PyTorch, on any device and in fp64, also where flash-linear-attention is installed.
+_RULE: Any = modeling_qwen3_5.torch_chunk_gated_delta_rule
+modeling_qwen3_5.torch_chunk_gated_delta_rule = _RULE.__wrapped__
 
 
 def tiny_config(

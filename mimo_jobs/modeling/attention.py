@@ -6,6 +6,7 @@ megatron-core's stock pieces need transformer-engine, flash-linear-attention or 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import megatron.core.ssm.gated_delta_net.common as mcore_gdn
@@ -21,6 +22,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
+
+from mimo_jobs.modeling import kernels
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -40,6 +43,11 @@ class Packed(PackedSeqParams):
         """From the lengths, in order."""
         bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
         return cls("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths))
+
+    @cached_property
+    def host_bounds(self) -> Tensor:
+        """int64 (samples + 1,), on the host; the same object each time, by which flash-linear-attention knows it again."""
+        return F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -148,25 +156,16 @@ class GatedSelfAttention(SelfAttention):
         return q_layernorm(query), k_layernorm(key), value, gate
 
 
-def uses_flash_linear_attention(dtype: torch.dtype) -> bool:
-    """Whether Gated DeltaNet runs on flash-linear-attention's kernels.
-
-    fp32 does not: those kernels compute in TF32 (1.5e-3 relative off the reference, measured on H100).
-    """
-    return mcore_gdn.HAVE_FLA and torch.cuda.is_available() and dtype != torch.float32
-
-
 class GatedDeltaNet(McoreGatedDeltaNet):
-    """megatron-core's Gated DeltaNet, also without flash-linear-attention, and exact in mixed precision.
+    """megatron-core's Gated DeltaNet: on `kernels` where they run (``config.deterministic_mode`` off), else on its rule in plain PyTorch.
 
-    Without it ``config.deterministic_mode`` selects megatron-core's chunked rule in plain PyTorch.
+    Exact in mixed precision, and nothing in it waits for the device, also when samples are packed.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         with _without_fla_guard():
-            super().__init__(config, *args, use_qk_l2norm=not config.deterministic_mode, **kwargs)
-        if config.deterministic_mode:
-            self.gated_delta_rule: Any = _torch_gated_delta_rule
+            super().__init__(config, *args, use_qk_l2norm=False, **kwargs)
+        self.gated_delta_rule: Any = _torch_gated_delta_rule
         self.out_norm.tp_group = self.tp_group
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -184,9 +183,24 @@ class GatedDeltaNet(McoreGatedDeltaNet):
         Returns:
             The same shape, and no bias.
         """
-        if packed_seq_params is None or not self.config.deterministic_mode:
-            return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
+        if not self.config.deterministic_mode:
+            return self._forward_fused(hidden_states, packed_seq_params)
+        if packed_seq_params is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
         return self._forward_packed(hidden_states, packed_seq_params)
+
+    def _forward_fused(self, hidden_states: Tensor, packed: Packed | None) -> tuple[Tensor, Tensor | None]:
+        in_proj: Any = self.in_proj
+        out_proj: Any = self.out_proj
+        sizes: Any = (self.key_head_dim, self.value_head_dim, self.qk_dim_local_tp)
+        projected, _ = in_proj(hidden_states)  # seq, batch, sections
+        qkv, gate, beta, alpha = projected.transpose(0, 1).split(self.feat_dim_split, -1)
+        out = kernels.gated_delta_rule(
+            qkv, alpha, beta, self.A_log, self.dt_bias, self.conv1d.weight.squeeze(1), sizes,
+            packed.cu_seqlens_q if packed else None, packed.host_bounds if packed else None,
+        )  # fmt: skip
+        out = self._apply_gated_norm(out, gate.unflatten(-1, (-1, self.value_head_dim)))
+        return out_proj(out.flatten(2).transpose(0, 1).contiguous())
 
     def _forward_packed(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None]:
         """The torch rule knows no boundaries: between the projections, samples lie beside each other, right-padded."""
@@ -210,6 +224,11 @@ class GatedDeltaNet(McoreGatedDeltaNet):
         joined = torch.cat([out[:length, i] for i, length in enumerate(packed.lengths)])[:, None]
         return out_proj(joined)
 
+    def _apply_gated_norm(self, x: Tensor, gate: Tensor) -> Tensor:
+        """``x`` and ``gate`` of one shape, (..., width of a value head)."""
+        out_norm: Any = self.out_norm
+        return out_norm(x, gate)
+
     def _compute_g_and_beta(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, A_log_local_cp: Tensor, dt_bias_local_cp: Tensor, alpha: Tensor, beta: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -227,7 +246,8 @@ def _torch_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> t
 
 
 def _l2_normalised(x: Tensor, eps: float = 1e-6) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+    wide = x.float()  # the gradient of a row of zeros overflows fp16
+    return (wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from megatron.core.utils import unwrap_model
 from transformers import PreTrainedConfig
 
 from mimo_jobs.layout import IMAGES, LANGUAGE, ResolvedLayout
-from mimo_jobs.modeling import cpu
-from mimo_jobs.modeling.attention import uses_flash_linear_attention
+from mimo_jobs.modeling import cpu, kernels
 from mimo_jobs.modeling.config import language_config, parse_hf_config, vision_config
 from mimo_jobs.modeling.language import LanguageModel, language_spec
 from mimo_jobs.modeling.mimo import Mimo
@@ -107,7 +106,7 @@ def build(
         pp_rank=language_groups.pp.rank() if language_groups else 0,
         dtype=dtype,
         sequence_parallel=sequence_parallel,
-        deterministic_mode=not uses_flash_linear_attention(dtype),
+        deterministic_mode=not kernels.available("cuda" if torch.cuda.is_available() else "cpu", dtype),
         **overrides.get(LANGUAGE, {}),
     )
     vision = vision_config(hf, layout.components[IMAGES], dtype=dtype, **overrides.get(IMAGES, {}))

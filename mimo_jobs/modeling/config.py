@@ -18,7 +18,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from mimo_jobs.errors import UserError, did_you_mean
 from mimo_jobs.layout import Component, check_divides, stage_layers
 
-_ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+_ACTIVATIONS = {
+    "text_config": {"silu": F.silu},
+    "vision_config": {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")},
+}
 
 
 def parse_hf_config(hf_config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -174,9 +177,10 @@ def _pipeline_stages(num_layers: int, pp: int, pp_rank: int) -> _Stages | None:
 
 
 def _activation(section: str, name: str) -> Any:
-    if name not in _ACTIVATIONS:
-        raise UserError(f"config.json: {section}.hidden_act={name!r} is not one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    known = _ACTIVATIONS[section]
+    if name not in known:
+        raise UserError(f"config.json: {section}.hidden_act={name!r} is not one of {', '.join(known)}")
+    return known[name]
 
 
 def _check_language(text: PreTrainedConfig, component: Component) -> None:

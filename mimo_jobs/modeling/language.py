@@ -21,11 +21,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.typed_torch import apply_module
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mimo_jobs.layout import Component, padded_vocab, stage_layers
+from mimo_jobs.modeling import kernels
 from mimo_jobs.modeling.attention import GatedDeltaNet, GatedSelfAttention, ScaledDotProductAttention
 from mimo_jobs.modeling.loss import Targets, linear_cross_entropy
 from mimo_jobs.modeling.norms import GatedDeltaOutNorm, RMSNorm, parameter_device
@@ -102,6 +104,16 @@ class LanguageModel(GPTModel):
         )
 
 
+class GatedMLP(MLP):
+    """``MLP`` of one kind, down(silu(gate) * up), with the middle in one kernel."""
+
+    def forward(self, hidden_states: Tensor, *_unused: object, **_: object) -> tuple[Tensor, Tensor | None]:
+        """(seq, batch, hidden) to the same shape, and no bias."""
+        both, _none = apply_module(self.linear_fc1)(hidden_states)
+        gate, up = both.chunk(2, -1)
+        return apply_module(self.linear_fc2)(kernels.swiglu(gate, up))
+
+
 def language_spec(
     hf: PreTrainedConfig, config: TransformerConfig, component: Component, groups: ProcessGroupCollection | None
 ) -> ModuleSpec:
@@ -145,7 +157,7 @@ def _layer_spec(kind: str) -> ModuleSpec:
             self_attention={"full_attention": _gated_attention, "linear_attention": _gated_delta_net}[kind](),
             self_attn_bda=_BIAS_DROPOUT_ADD,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=partial(GatedMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=_BIAS_DROPOUT_ADD,
         ),
     )

@@ -10,16 +10,12 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mimo_jobs.modeling.kernels import gated_rms_norm, rms_norm
+
 
 def parameter_device(config: TransformerConfig) -> torch.device:
     """Where megatron-core puts the parameters of a module with this config."""
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
-
-
-def _rms_normalised(x: Tensor, eps: float) -> Tensor:
-    """``x / rms(x)`` over the last axis, in fp32."""
-    x = x.float()
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(nn.Module):
@@ -33,11 +29,11 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
-        return (_rms_normalised(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
+        return rms_norm(x, 1.0 + self.weight.float(), self.eps)
 
 
 class GatedDeltaOutNorm(nn.Module):
-    """``weight * (x / rms(x))``: the part of ``Qwen3_5RMSNormGated`` before its gate; the weight is not zero-centred.
+    """``weight * (x / rms(x)) * silu(gate)`` (``Qwen3_5RMSNormGated``); the weight is not zero-centred.
 
     The weight is replicated over tp but multiplies tp-local heads, so each rank computes a part of its gradient.
     megatron-core sums such gradients for q_layernorm and k_layernorm by name only; here the sum is part of the graph
@@ -51,11 +47,11 @@ class GatedDeltaOutNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         weight = self.weight
         if self.tp_group is not None and self.tp_group.size() > 1:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
-        return weight * _rms_normalised(x, self.eps).to(x.dtype)
+        return gated_rms_norm(x, gate, weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

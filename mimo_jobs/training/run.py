@@ -23,6 +23,7 @@ from mimo_jobs.conversion.importer import ImportArgs, plan_import
 from mimo_jobs.errors import UserError
 from mimo_jobs.families import family_of
 from mimo_jobs.layout import IMAGES, LANGUAGE
+from mimo_jobs.modeling import kernels
 from mimo_jobs.modeling.build import BuiltModel, build
 from mimo_jobs.modeling.lora import add_adapters
 from mimo_jobs.parallel.world import World
@@ -86,6 +87,16 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
     rows, steps, left_out = rows_of(args, source, encoder, world)
     check_optimizer(args.optimizer, steps)
     built = _build(args)
+    if (
+        world.rank == 0
+        and device.type == "cuda"
+        and args.precision == "bf16"
+        and not kernels.available("cuda", torch.bfloat16)
+    ):
+        world.say(
+            "flash-linear-attention is not installed: plain PyTorch takes its place, and is slow; pip install 'mimo-jobs[gpu]'",
+            kind="warning",
+        )
     with world.timed("load"):
         _load(args, built)
     wrap_for_training(built)

@@ -41,6 +41,7 @@ def failed(found: dict[str, Check]) -> set[str]:
     return {check.name for check in found.values() if check.state == "failed"}
 
 
+@pytest.mark.speed
 def test_a_healthy_cluster(cluster, examine):
     cluster.run("srun", "true")
     start = time.monotonic()
@@ -163,6 +164,7 @@ def test_without_accounting(cluster, examine):
     assert "own markers" in found["accounting"].found and found["probe job"].state == "ok"
 
 
+@pytest.mark.speed
 def test_without_a_controller(cluster, examine):
     cluster.stop_controller()
     start = time.monotonic()

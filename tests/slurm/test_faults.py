@@ -232,6 +232,7 @@ if {when!r} == "answer" and number == {count}:
     assert len([j for j in cluster.jobs() if j["name"].startswith(f"mimo:{run.run_id}.")]) == 3
 
 
+@pytest.mark.speed
 def test_two_hundred_pipelines_are_listed_in_two_seconds(home, model, tmp_path, cluster):
     """Queued behind a job that holds all nodes; records are those of one real submission, each with its own jobs in the queue."""
     cluster.run("sbatch", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")

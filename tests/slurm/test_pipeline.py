@@ -29,6 +29,7 @@ def pipeline(model, tmp_path, *more):
     return (f"model={model}", f"workdir={tmp_path}/out", *SMALL, *more)
 
 
+@pytest.mark.speed
 def test_a_whole_chain_is_submitted_at_once_and_ends_bit_exact(home, model, tmp_path, cluster):
     started = time.monotonic()
     done = nemo_run("recipes.qwen35vl_pipeline", *pipeline(model, tmp_path), "--executor", "slurm")
@@ -257,6 +258,7 @@ def test_two_directories_run_the_same_pipeline_at_once(home, model, tmp_path):
     assert same_files(tmp_path / "ann" / "hf", tmp_path / "bob" / "hf")
 
 
+@pytest.mark.speed
 def test_dry_run_and_status_answer_quickly(home, model, tmp_path):
     def seconds(*words):
         started = time.monotonic()

@@ -219,6 +219,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return target
 
 
+@pytest.mark.speed
 def test_a_dry_run_shows_recipe_ranks_plan_and_command(checkpoint, tmp_path):
     layout = ["layout.language.tp=2", "layout.images.tp=1"]
     started = time.monotonic()

@@ -111,6 +111,7 @@ def test_gpus_as_the_driver_tells(script, found, problem, tmp_path, monkeypatch)
 # ---------------------------------------------------------------------------------------------------------- this machine
 
 
+@pytest.mark.speed
 def test_local_is_fast_and_imports_nothing_slow():
     code = (
         "import sys; from mimo_jobs import console, doctor\n"

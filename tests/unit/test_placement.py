@@ -230,6 +230,7 @@ def test_never_more_nodes_than_filling_in_order_and_in_order_where_that_is_as_go
         (layout(C(tp=4095), C()), 8),
     ],
 )
+@pytest.mark.speed
 def test_thousands_of_ranks_are_placed_at_once(made, gpus):
     def seconds():
         start = time.perf_counter()

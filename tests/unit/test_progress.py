@@ -16,6 +16,7 @@ from mimo_jobs.records import read_json
 NOTE = "loss 1.234 · grad 0.87 · lr 9.8e-06 · 12.3k tok/s/GPU · MFU 41 % · images 12 % language 80 % waiting 8 %"
 
 
+@pytest.mark.speed
 def test_the_last_state_is_there_when_the_job_ends(tmp_path):
     with World(0, 1, tmp_path) as world:
         start = time.monotonic()
@@ -27,6 +28,7 @@ def test_the_last_state_is_there_when_the_job_ends(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.speed
 def test_a_disk_that_hangs_holds_nobody_up(tmp_path, monkeypatch):
     monkeypatch.setattr(progress.ProgressFile, "_write", lambda self, state: time.sleep(5))
     monkeypatch.setattr(progress, "END_SECONDS", 0.1)

@@ -222,6 +222,7 @@ def test_a_service_that_fails_is_said_once_and_training_goes_on(tmp_path, servic
     assert any("no route to host" in e.text for e in found.events)
 
 
+@pytest.mark.speed
 def test_a_service_that_hangs_delays_nothing(tmp_path, service, monkeypatch, capfd):
     monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.2)
     end = threading.Event()
@@ -263,6 +264,7 @@ def test_the_reader_needs_nothing_but_python(monkeypatch):
     import mimo_jobs.training.history  # noqa: F401
 
 
+@pytest.mark.speed
 def test_a_long_run_is_read_in_seconds(tmp_path):
     values = {"loss": 1.234567, "grad_norm": 0.9, "lr": 1e-5, "tokens": 65536, "seconds": 1.9, "mfu": 0.4}
     with (tmp_path / history.FILE).open("w") as file:

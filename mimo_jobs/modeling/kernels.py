@@ -1,0 +1,91 @@
+"""Fused kernels: flash-linear-attention's where they can run, the same in plain PyTorch elsewhere.
+
+They can run on a GPU in 16 bits. fp32 stays on PyTorch also there: Gated DeltaNet's kernels compute in TF32 (1.5e-3 relative off the
+reference, measured on H100), and fp32 is what results are compared in.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from fla.modules.activations import swiglu as _fla_swiglu  # pyright: ignore[reportMissingImports]
+    from fla.modules.convolution import causal_conv1d  # pyright: ignore[reportMissingImports]
+    from fla.modules.fused_norm_gate import rms_norm_gated as _fla_rms_norm_gated  # pyright: ignore[reportMissingImports]
+    from fla.modules.layernorm import rms_norm as _fla_rms_norm  # pyright: ignore[reportMissingImports]
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
+except ImportError:  # an extra, `gpu`
+    _fla_swiglu = _fla_rms_norm_gated = _fla_rms_norm = causal_conv1d = chunk_gated_delta_rule = None
+
+DEVICES = frozenset({"cuda"})
+
+
+def available(device: str, dtype: torch.dtype) -> bool:
+    """Whether fused kernels take tensors of a dtype on a kind of device."""
+    return chunk_gated_delta_rule is not None and device in DEVICES and dtype in (torch.bfloat16, torch.float16)
+
+
+def _take(x: Tensor) -> bool:
+    return available(x.device.type, x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` over the last axis, computed in fp32, in x's dtype; ``weight`` is fp32."""
+    if _take(x):
+        return _call(_fla_rms_norm, x, weight, None, eps=eps)
+    return (_rms_normalised(x, eps) * weight).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * (x / rms(x)) * silu(gate)`` over the last axis, in x's dtype (``Qwen3_5RMSNormGated``)."""
+    if _take(x):
+        return _call(_fla_rms_norm_gated, x, gate, weight, None, activation="silu", eps=eps)
+    normalised = weight * _rms_normalised(x, eps).to(x.dtype)
+    return (normalised * F.silu(gate.float())).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``."""
+    return _call(_fla_swiglu, gate, up) if _take(gate) else F.silu(gate) * up
+
+
+def gated_delta_rule(
+    qkv: Tensor, alpha: Tensor, beta: Tensor, decay: Tensor, bias: Tensor, weight: Tensor, sizes: tuple[int, int, int],
+    bounds: Tensor | None, host_bounds: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The mixing of Gated DeltaNet between its projections, where `available`.
+
+    Args:
+        qkv: (batch, seq, 2 * keys + values), before the convolution.
+        alpha: (batch, seq, value heads); ``beta``: the same; both as projected.
+        decay: (value heads,), ``A_log``; ``bias``: (value heads,), ``dt_bias``.
+        weight: (2 * keys + values, kernel), of the convolution.
+        sizes: width of a key head, width of a value head, and all keys of this rank.
+        bounds: int (samples + 1,), where packed samples begin and end, with batch 1; ``host_bounds``: the same on the host.
+
+    Returns:
+        (batch, seq, value heads, width of a value head), in qkv's dtype.
+    """
+    key_head, value_head, keys = sizes
+    mixed, _ = _call(
+        causal_conv1d, x=qkv, weight=weight, activation="silu", cu_seqlens=bounds, cu_seqlens_cpu=host_bounds
+    )
+    query, key, value = mixed.split([keys, keys, mixed.shape[-1] - 2 * keys], -1)
+    out, _ = _call(
+        chunk_gated_delta_rule,
+        query.unflatten(-1, (-1, key_head)), key.unflatten(-1, (-1, key_head)), value.unflatten(-1, (-1, value_head)),
+        g=alpha, beta=beta, A_log=decay, dt_bias=bias, cu_seqlens=bounds, cu_seqlens_cpu=host_bounds,
+        use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+    )  # fmt: skip
+    return out
+
+
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)  # these packages have no types
+
+
+def _rms_normalised(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
