@@ -39,9 +39,7 @@ def _install_once() -> None:
 
 
 def _replace_in_megatron() -> None:
-    """Three places with no device argument to redirect."""
-    from megatron.core.models.mimo import optimizer as mimo_optimizer
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    """Places with no device argument to redirect."""
     from megatron.core.tensor_parallel import random
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
@@ -50,10 +48,6 @@ def _replace_in_megatron() -> None:
     # Recomputation puts the generators back to where the first pass found them: here the CPU's, and those of adapters.
     setattr(random, "_get_all_rng_states", _get_all_rng_states)  # noqa: B010
     setattr(random, "_set_all_rng_states", _set_all_rng_states)  # noqa: B010
-    # The original clips with multi_tensor_apply over "torch.cuda.FloatTensor" gradients.
-    for module in (mimo_optimizer, clip_grads, distrib_optimizer, optimizer):
-        if hasattr(module, "clip_grad_by_total_norm_fp32"):
-            setattr(module, "clip_grad_by_total_norm_fp32", _clip_grad_by_total_norm_fp32)  # noqa: B010
 
 
 def _get_all_rng_states() -> tuple[torch.Tensor, None, dict[str, Any]]:
@@ -107,16 +101,3 @@ def _on_gloo(create: Callable) -> Callable:
         return create(*args, **kwargs)
 
     return created
-
-
-def _clip_grad_by_total_norm_fp32(
-    parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
-) -> None:
-    """Scale gradients in place by ``max_norm / total_norm`` when that is below one (clip_grads.py, same arithmetic)."""
-    scale = max_norm / (total_norm + 1.0e-6)
-    if scale >= 1.0:
-        return
-    for parameter in [parameters] if torch.is_tensor(parameters) else parameters:
-        gradient = getattr(parameter, "decoupled_grad" if use_decoupled_grad else "grad")
-        if gradient is not None:
-            gradient.detach().mul_(scale)

@@ -138,11 +138,11 @@ def _one(run: Run, control: Any, step: Step, data_seconds: float, before: float,
     microbatches = [m.to(run.device) for m in step.microbatches]
     with watch.span("model"):
         loss = run_step(run.built, microbatches, tokens, watch)
-    value, stopping = _agreed(run, control, float(loss) / max(1, tokens), asked())
-    _check(run, step, value)
     with watch.span("optimizer"):
-        _, norm = run.updates.apply()
-    _check_norm(run, step, norm)
+        norm = run.updates.apply()
+    summed, norm = torch.stack([loss.float(), norm]).tolist()  # the one wait for the device
+    value, stopping = _agreed(run, control, summed / max(1, tokens), asked())
+    _check(run, step, value, norm)
     now = time.perf_counter()
     seconds = now - before
     run.done += 1
@@ -153,15 +153,15 @@ def _one(run: Run, control: Any, step: Step, data_seconds: float, before: float,
 
 
 def _agreed(run: Run, control: dist.ProcessGroup, loss: float, asked: bool) -> tuple[float, bool]:
-    """The loss of all replicas, and whether any rank was asked to stop; waits for this step's backward pass."""
+    """The loss of all replicas, and whether any rank was asked to stop."""
     shared = torch.tensor([loss, float(asked)], dtype=torch.float64)
     dist.all_reduce(shared, group=control)
     value, stopping = shared.tolist()
     return value, stopping > 0
 
 
-def _check(run: Run, step: Step, loss: float) -> None:
-    """Stop before the weights take harm. Raises `JobFailed` with the step's samples."""
+def _check(run: Run, step: Step, loss: float, norm: float) -> None:
+    """Stop before weights that took harm are saved. Raises `JobFailed` with the step's samples."""
     number, bound = run.done + 1, run.stop
     why = None
     if not math.isfinite(loss):
@@ -172,13 +172,10 @@ def _check(run: Run, step: Step, loss: float) -> None:
         usual = statistics.median(run.losses)
         if loss > bound.spike * usual:
             why = f"the loss is {loss:.6g}, above stop.spike={bound.spike:g} times the median {usual:.6g} of the last {len(run.losses)} steps"
+    if why is None and not math.isfinite(norm):
+        why = "the gradient's norm is not finite"
     if why is not None:
         raise _stopped(run, step, number, why)
-
-
-def _check_norm(run: Run, step: Step, norm: float) -> None:
-    if not math.isfinite(norm):
-        raise _stopped(run, step, run.done + 1, "the gradient's norm is not finite")
 
 
 def _stopped(run: Run, step: Step, number: int, why: str) -> JobFailed:

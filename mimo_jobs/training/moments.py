@@ -64,8 +64,8 @@ def load_own_state(optimizer: DistributedOptimizer, model_state: dict[str, Any],
         if loaded[name].data_ptr() != block.data.data_ptr():
             block.data.copy_(loaded[name])
     # megatron-core gives all parameters the same tensor, which each of them would then count up.
-    for state in optimizer.optimizer.state.values():
-        state["step"] = state["step"].clone()
+    for parameter, state in optimizer.optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device, torch.float32, copy=True)
 
 
 def _owned(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]]:

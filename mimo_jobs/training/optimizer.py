@@ -1,9 +1,8 @@
 """megatron-core's ``MimoOptimizer`` over the components that train, and the learning rate of each."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from mimo_jobs.layout import IMAGES
 from mimo_jobs.modeling.build import BuiltModel
@@ -30,7 +30,7 @@ class Updates:
         schedulers: component -> its learning rate, only those of this rank.
     """
 
-    optimizer: MimoOptimizer
+    optimizer: "DeviceOptimizer"
     schedulers: Mapping[str, OptimizerParamScheduler]
 
     def set_step(self, done: int) -> None:
@@ -39,10 +39,37 @@ class Updates:
             scheduler.num_steps = 0
             scheduler.step(done)
 
-    def apply(self) -> tuple[bool, float]:
-        """Clip and step; whether parameters changed, and the norm of all gradients before clipping: infinite if one is not finite."""
-        changed, norm, _ = self.optimizer.step()
-        return changed, float("nan") if norm is None else norm
+    def apply(self) -> Tensor:
+        """Clip and step. Returns the norm of all gradients before clipping, an fp32 scalar on the device: infinite if one is not finite."""
+        _, norm, _ = self.optimizer.step()
+        return norm
+
+
+class DeviceOptimizer(MimoOptimizer):
+    """`MimoOptimizer` in whose step nothing waits for the device.
+
+    Without apex and transformer-engine megatron-core (0.19.2) takes the norm of each gradient to the host, and reads three more numbers
+    that say nothing in bf16 and fp32, where there is no loss scale: whether one is infinite, the norm, and success.
+    """
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """fp32 scalar on the device, the same on every rank."""
+        squares = torch.stack([_squared_norm(info.optimizer) for _, info in sorted(self.module_infos.items())])
+        # A component's own ranks know its norm. A MAX may drop a NaN.
+        squares = squares.nan_to_num(nan=math.inf, posinf=math.inf)
+        dist.all_reduce(squares, dist.ReduceOp.MAX)
+        return squares.sum().sqrt()
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Clip by the norm over all components, and step."""
+        self.prepare_grads()
+        norm = self.get_grad_norm()
+        for one in self._active_optimizers:
+            if one.config.clip_grad > 0 and (parameters := one.get_parameters()):
+                torch.nn.utils.clip_grads_with_norm_(parameters, one.config.clip_grad, norm)
+        return self.step_with_ready_grads(), norm, None
 
 
 def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Updates:
@@ -65,16 +92,20 @@ def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Update
             config = _config(built, settings, highest)
             optimizer = get_megatron_optimizer(config, [module], pg_collection=groups, use_gloo_process_groups=False)
             _number_parameters(optimizer)
-            optimizer.get_grad_norm = partial(_norm, optimizer.get_grad_norm)
+            _fuse(optimizer)
             schedulers[name] = _scheduler(optimizer, settings, highest, steps)
         infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, is_active=name in built.groups)
     if not trained:  # get_megatron_optimizer gathers the kinds of dense, then of expert parameters over the whole world
         for _ in range(2):
             nothing: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(nothing, [])
-    updates = Updates(MimoOptimizer(infos, _config(built, settings, settings.lr)), schedulers)
+    updates = Updates(DeviceOptimizer(infos, _config(built, settings, settings.lr)), schedulers)
     updates.set_step(0)
     return updates
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _number_parameters(optimizer: MegatronOptimizer) -> None:
@@ -83,16 +114,27 @@ def _number_parameters(optimizer: MegatronOptimizer) -> None:
     Its distributed optimizer (0.19.2) numbers the parameters of a group in the model's order, but orders their states by dtype, fp32
     first: with both in a group (A_log beside bf16) it would save and load the one for the other.
     """
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for one in _parts(optimizer):
         for group, parts in enumerate(zip(one.model_fp32_groups, one.model_float16_groups, strict=True)):
             for place, parameter in enumerate(p for part in parts for p in part):
                 one.model_param_group_index_map[parameter] = (group, place)
 
 
-def _norm(norm: Callable[[], float | None]) -> float:
-    """The norm of a component's gradients, infinite for NaN: `MimoOptimizer` shares norms by a MAX over ranks, which may drop a NaN."""
-    value = norm() or 0.0
-    return math.inf if math.isnan(value) else value
+def _fuse(optimizer: MegatronOptimizer) -> None:
+    """One kernel for a step of AdamW on a GPU, where PyTorch's default passes over the state a dozen times."""
+    if torch.cuda.is_available():
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+
+def _squared_norm(optimizer: MegatronOptimizer | None) -> Tensor:
+    """Of a component's gradients, over its ranks; 0 where the component is not."""
+    if optimizer is None:
+        return torch.zeros((), device="cuda")
+    gradients = [g for one in _parts(optimizer) for g in one.get_grads_for_grad_norm()]
+    square = torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros((), device="cuda")
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square
 
 
 def _config(built: BuiltModel, settings: Optimizer, highest: float) -> OptimizerConfig:

@@ -51,4 +51,4 @@ def _norm_with(layout: ParallelLayout, config: Any, weights: Any, component: str
     if component in trained_components(built):
         parameter = next(trained_components(built)[component].parameters())
         parameter.main_grad.view(-1)[0] = value  # pyright: ignore[reportAttributeAccessIssue]
-    return updates.apply()[1]
+    return updates.apply().item()

@@ -281,10 +281,10 @@ def at_step(number: int, do: Callable[[int], None]) -> Callable[[int], None]:
     def before(rank: int) -> None:
         check = loop._check
 
-        def faulty(run: Any, step: Any, loss: float) -> None:
+        def faulty(run: Any, step: Any, loss: float, norm: float) -> None:
             if run.done + 1 == number:
                 do(rank)
-            check(run, step, loss)
+            check(run, step, loss, norm)
 
         loop._check = faulty
 
