@@ -166,11 +166,11 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, work: Path, console: Console) -> None:
-    from mimo_jobs.conversion.tiny import Shape, make_tiny, shape_0_8b
+    from mimo_jobs.conversion.tiny import Shape, make_tiny, published
 
     source = work / "source"
     with console.status("making the checkpoint"):
-        make_tiny(str(source), shape=shape_0_8b() if options.shape == "0.8b" else Shape())
+        make_tiny(str(source), shape=published("0.8b") if options.shape == "0.8b" else Shape())
     bench = Bench(work, source)
     bench.job("import_hf", TWO, 2, True, model=str(source), target=str(work / "mimo"))
     os.sync()

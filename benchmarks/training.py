@@ -3,10 +3,11 @@
     python -m benchmarks.training --shape 0.8b --rows 4 --tokens 2048 --image 768
     python -m benchmarks.training --shape tiny --rows 2 --tokens 128 --image 32 --steps 2 --output /tmp/look.json     # anywhere, to see that it runs
 
-Every row is a sample of ``tokens`` tokens with one square image; all text has a loss. Both recompute every layer, keep optimizer state in
-fp32 (transformers: fp32 weights under bf16 autocast; ``--baseline bf16``: weights and state in bf16), and use flash-linear-attention if
-it is there. Each side runs in a process of its own, in turns; a step's time is the median after the warm-up. The losses of both sides
-stand beside each other: they are the same training. Writes benchmarks/results/training.json.
+Every row is a sample of ``tokens`` tokens with one square image; all text has a loss. transformers runs with gradient checkpointing, as
+its users do; ``--recompute`` is what mimo_jobs recomputes. Both keep optimizer state in fp32 (transformers: fp32 weights under bf16
+autocast; ``--baseline bf16``: weights and state in bf16), and use flash-linear-attention if it is there. Each side runs in a process
+of its own, in turns; a step's time is the median after the warm-up. The losses of both sides stand beside each other: they are the
+same training. ``--profile`` adds where two more steps of mimo_jobs spend the device's time. Writes benchmarks/results/training.json.
 """
 
 import argparse
@@ -39,14 +40,15 @@ PACKAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("tiny", "0.8b"), default="0.8b")
+    parser.add_argument("--shape", choices=("tiny", "0.8b", "4b", "9b"), default="0.8b")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--image", type=int, default=768, help="pixels a side")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--recompute", choices=("full", "none"), default="full")
+    parser.add_argument("--recompute", choices=("full", "none"), default="none")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--baseline", choices=("mixed", "bf16"), default="mixed")
     parser.add_argument("--model", help="directory for the checkpoint; made if it is not there")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -70,14 +72,15 @@ def main() -> None:
 
 def make_model(options: argparse.Namespace) -> None:
     """A checkpoint of random weights of the shape, if it is not there."""
-    from mimo_jobs.conversion.tiny import Shape, make_tiny, shape_0_8b
+    from mimo_jobs.conversion.tiny import Shape, make_tiny, published
 
     if not Path(options.model).exists():
-        make_tiny(options.model, shape=shape_0_8b() if options.shape == "0.8b" else Shape())
+        make_tiny(options.model, shape=Shape() if options.shape == "tiny" else published(options.shape))
 
 
 def in_a_process(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    words = [f"--{n}={v}" for n, v in vars(options).items() if v is not None and n not in ("side", "output")]
+    plain = {n: v for n, v in vars(options).items() if v is not None and n not in ("side", "output", "profile")}
+    words = [f"--{n}={v}" for n, v in plain.items()] + ["--profile"] * options.profile
     command = [sys.executable, "-m", "benchmarks.training", f"--side={side}", *words]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -103,13 +106,50 @@ def measured(run: Callable[..., tuple[Callable[[], float], Any]], options: argpa
     work = model.language([options.tokens] * options.rows, loss_tokens(config, options)) + model.images(
         [patches] * options.rows
     )
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    profile = where_time_goes(step) if options.profile and options.side == "mimo_jobs" else None
     median, rate = statistics.median(seconds[options.warmup :]), matrix_rate() if cuda else None
+    products = flops.Work(
+        work.weights
+    )  # 6 N D, N without the embedding, D the tokens or patches that each weight meets
     return {
         "losses": [round(loss, 5) for loss in losses], "step_seconds": round(median, 4), "tokens_per_second": round(tokens / median, 1),
         "mfu_of_matrix_rate": round(work.passes("trained") / median / rate, 4) if rate else None,
+        "mfu_6nd_of_matrix_rate": round(products.passes("trained") / median / rate, 4) if rate else None,
         "matrix_tflops": round(rate / 1e12, 1) if rate else None,
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
+        "peak_gb": round(peak / 1e9, 2) if cuda else None, "profile": profile,
     }  # fmt: skip
+
+
+def where_time_goes(step: Callable[[], float], steps: int = 2, most: int = 40) -> dict[str, Any]:
+    """Milliseconds a step: of the device in its largest kernels, by the operator that started them too, and of the clock."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        seconds = (time.perf_counter() - started) / steps
+
+    def largest(of: Callable[[Any], float], wanted: Callable[[Any], bool]) -> list[dict[str, Any]]:
+        rows = sorted((e for e in seen.key_averages() if wanted(e) and of(e) > 0), key=of, reverse=True)
+        return [
+            {"name": e.key[:120], "ms": round(of(e) / 1000 / steps, 3), "calls": e.count // steps} for e in rows[:most]
+        ]
+
+    kernels = largest(lambda e: e.self_device_time_total, lambda e: "CUDA" in str(e.device_type))
+    operators = largest(
+        lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total, lambda e: "CPU" in str(e.device_type)
+    )
+    busy = sum(e.self_device_time_total for e in seen.key_averages() if "CUDA" in str(e.device_type)) / 1000 / steps
+    return {
+        "step_ms_with_profiler": round(seconds * 1000, 1),
+        "device_ms": round(busy, 1),
+        "kernels": kernels,
+        "operators": operators,
+    }
 
 
 def samples_of(config: dict[str, Any], options: argparse.Namespace) -> list[Any]:
@@ -153,8 +193,7 @@ def with_transformers(options: argparse.Namespace) -> tuple[Callable[[], float],
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if options.baseline == "bf16" else torch.float32
     model: Any = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(device).train()
-    if options.recompute == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     config = json.loads((Path(options.model) / "config.json").read_text())
     samples = samples_of(config, options)
@@ -217,8 +256,8 @@ def with_mimo_jobs(options: argparse.Namespace) -> tuple[Callable[[], float], An
     def step() -> float:
         updates.set_step(0)
         loss = run_step(built, batch, total, watch)
-        updates.apply()
-        return loss.item() / total
+        norm = updates.apply()
+        return torch.stack([loss, norm]).tolist()[0] / total  # as `training.loop` waits
 
     return step, config
 

@@ -44,11 +44,12 @@ def convert(record: Path, job: str, layout: dict, **arguments: Any) -> dict[str,
 
 
 def start_worker(
-    record: Path, job: str, layout: dict, file_limit: dict[int, int] | None = None, **arguments: Any
-) -> list[subprocess.Popen]:
+    record: Path, job: str, layout: dict, file_limit: dict[int, int] | None = None,
+    environment: dict[str, str] | None = None, **arguments: Any,
+) -> list[subprocess.Popen]:  # fmt: skip
     """Start the ranks of a job as worker processes, as torchrun would, but with nobody that ends them together.
 
-    ``file_limit``: rank -> bytes after which its writes fail, as on a full disk.
+    ``file_limit``: rank -> bytes after which its writes fail, as on a full disk; ``environment``: variables beside this process's.
     """
 
     def limited(rank: int) -> None:
@@ -59,7 +60,7 @@ def start_worker(
     return [
         subprocess.Popen(
             [sys.executable, "-m", "mimo_jobs.worker", str(file)],
-            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size)}, preexec_fn=partial(limited, r),
+            env={**os.environ, **(environment or {}), "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size)}, preexec_fn=partial(limited, r),
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )
         for r in range(size)

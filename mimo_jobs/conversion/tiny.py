@@ -37,6 +37,17 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {% endif -%}"""
 
 
+# Layers, hidden, ffn, heads, kv heads, GDN value heads, tied; vision depth, hidden, ffn, heads; files.
+_PUBLISHED = {
+    "0.8b": (24, 1024, 3584, 8, 2, 16, True, 12, 768, 3072, 12, 1),
+    "4b": (32, 2560, 9216, 16, 4, 32, True, 24, 1024, 4096, 16, 3),
+    "9b": (32, 4096, 12288, 16, 4, 32, False, 27, 1152, 4304, 16, 5),
+    "27b": (64, 5120, 17408, 24, 4, 48, False, 27, 1152, 4304, 16, 15),
+}
+_BLOCK = 1_048_573  # a prime above all numbers of rows: no two rows of a tensor that repeats so many values are alike
+_MANY = 1 << 24
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a checkpoint; the defaults are the quickstart's (1 MB), in which no two axes agree by accident."""
@@ -63,12 +74,19 @@ class Shape:
     mtp: bool = True
 
 
-def shape_0_8b(shards: int = 1, mtp: bool = True) -> Shape:
-    """The published 0.8B: 1.7 GB of bfloat16."""
+def published(name: str, shards: int | None = None, mtp: bool = True) -> Shape:
+    """A published size (``0.8b``, ``4b``, ``9b``, ``27b``: 1.7, 9, 19, 55.6 GB of bfloat16); ``shards``: files, about 4 GB each if not given.
+
+    Raises:
+        UserError: ``name`` is none of them.
+    """
+    if name not in _PUBLISHED:
+        raise UserError(f"shape {name!r} is not one of {', '.join(_PUBLISHED)}")
+    layers, hidden, ffn, heads, kv, values, tied, depth, v_hidden, v_ffn, v_heads, files = _PUBLISHED[name]
     return Shape(
-        hidden=1024, ffn=3584, layers=24, heads=8, kv_heads=2, head_dim=256, gdn_key_heads=16, gdn_value_heads=16,
-        gdn_key_dim=128, gdn_value_dim=128, vocab=248320, vision_depth=12, vision_hidden=768, vision_ffn=3072,
-        vision_heads=12, vision_positions=2304, patch=16, shards=shards, mtp=mtp,
+        hidden=hidden, ffn=ffn, layers=layers, heads=heads, kv_heads=kv, head_dim=256, gdn_key_heads=16, gdn_value_heads=values,
+        gdn_key_dim=128, gdn_value_dim=128, vocab=248320, vision_depth=depth, vision_hidden=v_hidden, vision_ffn=v_ffn,
+        vision_heads=v_heads, vision_positions=2304, patch=16, tied=tied, shards=shards or files, mtp=mtp,
     )  # fmt: skip
 
 
@@ -246,9 +264,16 @@ def _value(name: str, size: tuple[int, ...], generator: Any) -> Any:
 
     if name.endswith(".A_log"):
         return torch.empty(size).uniform_(0.5, 8, generator=generator).log()
+    scale = 0.5 if "embed" in name else 1 / math.sqrt(math.prod(size[1:]))
+    if math.prod(size) > _MANY:  # 10^8 values a second can be drawn: minutes for a large model
+        block = torch.empty(_BLOCK).normal_(generator=generator).mul_(scale).bfloat16()
+        repeated = torch.empty(math.prod(size), dtype=torch.bfloat16)
+        for part in repeated.split(_BLOCK):
+            part.copy_(block[: len(part)])
+        return repeated.view(size)
     value = torch.empty(size, dtype=torch.float32).normal_(generator=generator)
     if len(size) > 1:
-        return value.mul_(0.5 if "embed" in name else 1 / math.sqrt(math.prod(size[1:])))
+        return value.mul_(scale)
     centred_at_one = name.endswith(".linear_attn.norm.weight") or (".visual." in name and "norm" in name)
     return value.mul_(0.2).add_(1.0 if centred_at_one and name.endswith("weight") else 0.0)
 

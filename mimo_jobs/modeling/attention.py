@@ -90,21 +90,26 @@ class ScaledDotProductAttention(MegatronModule):
         Returns:
             (seq, batch, heads * head_dim), or (tokens, heads * head_dim), in query's dtype.
         """
-        packed = query.dim() == 3
-        if packed:
-            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        seq, batch, _, _ = query.shape
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # batch, heads, seq, head_dim
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
-        if packed_seq_params is None:
-            out = self._attend(q, k, v, causal)
-        else:
+        if packed_seq_params is not None:
             assert isinstance(packed_seq_params, Packed)
-            lengths = list(packed_seq_params.lengths)
-            parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-            out = torch.cat([self._attend(*part, causal) for part in parts], 2)
-        out = out.permute(2, 0, 1, 3).reshape(seq, batch, -1)
-        return out.squeeze(1) if packed else out
+            return self._attend_packed(query, key, value, causal, packed_seq_params).flatten(-2)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # batch, heads, seq, head_dim
+        return self._attend(q, k, v, causal).permute(2, 0, 1, 3).flatten(-2)
+
+    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, packed: Packed) -> Tensor:
+        """(tokens, heads, head_dim), as few kernels as there can be: one for sequences of one length, or where PyTorch has one for any."""
+        lengths = packed.lengths
+        if len(set(lengths)) == 1:
+            q, k, v = (t.unflatten(0, (len(lengths), -1)).transpose(1, 2) for t in (query, key, value))
+            return self._attend(q, k, v, causal).transpose(1, 2).flatten(0, 1)
+        bounds: Any = packed.cu_seqlens_q
+        out = kernels.packed_attention(query, key, value, bounds, max(lengths), causal, self.softmax_scale)
+        if out is not None:
+            return out
+        q, k, v = (t.transpose(0, 1)[None].split(list(lengths), 2) for t in (query, key, value))
+        parts = [self._attend(*part, causal) for part in zip(q, k, v, strict=True)]
+        return torch.cat(parts, 2)[0].transpose(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         grouped = q.shape[1] != k.shape[1]

@@ -4,12 +4,18 @@ They can run on a GPU in 16 bits. fp32 stays on PyTorch also there: Gated DeltaN
 reference, measured on H100), and fp32 is what results are compared in.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+except ImportError:
+    _varlen_attn = None
 try:
     from fla.modules.activations import swiglu as _fla_swiglu  # pyright: ignore[reportMissingImports]
     from fla.modules.convolution import causal_conv1d  # pyright: ignore[reportMissingImports]
@@ -20,6 +26,8 @@ except ImportError:  # an extra, `gpu`
     _fla_swiglu = _fla_rms_norm_gated = _fla_rms_norm = causal_conv1d = chunk_gated_delta_rule = None
 
 DEVICES = frozenset({"cuda"})
+_VARLEN: Callable[..., Any] | None = _varlen_attn
+_VARLEN_TAKES = frozenset(inspect.signature(_varlen_attn).parameters) if _varlen_attn is not None else frozenset[str]()
 
 
 def available(device: str, dtype: torch.dtype) -> bool:
@@ -80,6 +88,29 @@ def gated_delta_rule(
         use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
     )  # fmt: skip
     return out
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, causal: bool, scale: float | None
+) -> Tensor | None:
+    """Attention within each of several sequences in one FlashAttention kernel; None where PyTorch has none for these tensors.
+
+    Args:
+        q: (tokens, heads, width of a head); ``k``, ``v``: the same with key-value heads.
+        bounds: int32 (sequences + 1,), where they begin and end, on the device.
+
+    Returns:
+        (tokens, heads, width of a head).
+    """
+    grouped = q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1), "scale": scale}
+    if grouped:
+        options["enable_gqa"] = True
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    # torch 2.10 has neither windows nor a scale, 2.11 no groups.
+    if _VARLEN is None or q.device.type not in DEVICES or not fits or not options.keys() <= _VARLEN_TAKES:
+        return None
+    return _VARLEN(q, k, v, bounds, bounds, longest, longest, **options)
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
+import tempfile
 import time
 import traceback
 import warnings
@@ -36,11 +36,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     Raises:
         RankFailed: with the traceback of the first rank that failed.
     """
-    fork, port = multiprocessing.get_context("fork"), _free_port()
-    pipes, processes = [], []
+    fork, pipes, processes = multiprocessing.get_context("fork"), [], []
+    # Where they find each other: a port may be taken by the time they listen.
+    place = tempfile.TemporaryDirectory(prefix="ranks-")
+    met = os.path.join(place.name, "met")
     for rank in range(world_size):
         receiving, sending = fork.Pipe(duplex=False)
-        process = fork.Process(target=_rank_main, args=(sending, rank, world_size, port, timeout_s, function, args))
+        process = fork.Process(target=_rank_main, args=(sending, rank, world_size, met, timeout_s, function, args))
         process.start()
         sending.close()
         pipes.append(receiving)
@@ -56,6 +58,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the rank's own group, with what it started
             process.join()
+        place.cleanup()
 
 
 def _results(pipes: list[Connection], processes: list[Any], timeout_s: float) -> list[Any]:
@@ -81,16 +84,15 @@ def _results(pipes: list[Connection], processes: list[Any], timeout_s: float) ->
 
 
 def _rank_main(
-    sending: Connection, rank: int, world_size: int, port: int, timeout_s: float, function: Callable, args: tuple
+    sending: Connection, rank: int, world_size: int, met: str, timeout_s: float, function: Callable, args: tuple
 ) -> None:
     os.setpgrp()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group("gloo", init_method=f"file://{met}", rank=rank, world_size=world_size, timeout=timeout)
         result = function(*args)
         dist.barrier()
         sending.send_bytes(pickle.dumps((False, result)))  # tensors by value: this process is about to end
@@ -98,9 +100,3 @@ def _rank_main(
         sending.send_bytes(pickle.dumps((True, traceback.format_exc())))
     finally:
         sending.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -8,12 +8,7 @@ from mimo_jobs.conversion import tiny
 from mimo_jobs.training import flops
 
 TINY = tiny.Shape(mtp=False)
-PUBLISHED_9B = tiny.Shape(
-    hidden=4096, ffn=12288, layers=32, heads=16, kv_heads=4, head_dim=256, gdn_key_heads=16, gdn_value_heads=32,
-    gdn_key_dim=128, gdn_value_dim=128, vocab=248320, vision_depth=27, vision_hidden=1152, vision_ffn=4304,
-    vision_heads=16, vision_positions=2304, patch=16, tied=False, mtp=False,
-)  # fmt: skip
-SHAPES = {"tiny": TINY, "0.8B": tiny.shape_0_8b(mtp=False), "9B": PUBLISHED_9B}
+SHAPES = {"tiny": TINY, "0.8B": tiny.published("0.8b", mtp=False), "9B": tiny.published("9b", mtp=False)}
 UNTIED = replace(TINY, tied=False)
 
 
