@@ -153,7 +153,7 @@ def where_time_goes(step: Callable[[], float], steps: int = 2, most: int = 40) -
 
 
 def samples_of(config: dict[str, Any], options: argparse.Namespace) -> list[Any]:
-    """Random samples: an image, then text; the label of a token is the next one, unless that is of an image."""
+    """Random samples: an image or several (``options.images``), then text; the label of a token is the next one, unless that is of an image."""
     import torch
 
     from mimo_jobs.training.batches import IGNORED
@@ -164,20 +164,20 @@ def samples_of(config: dict[str, Any], options: argparse.Namespace) -> list[Any]
         options.image // vision["patch_size"],
         vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
     )
-    image_tokens = side**2 // vision["spatial_merge_size"] ** 2
+    image_tokens, images = side**2 // vision["spatial_merge_size"] ** 2, getattr(options, "images", 1)
     generator, made = torch.Generator().manual_seed(0), []
     for _ in range(options.rows):
-        text = torch.randint(0, 250, (options.tokens - image_tokens - 2,), generator=generator)
+        text = torch.randint(0, 250, (options.tokens - images * (image_tokens + 2),), generator=generator)
         head = [
             config["vision_start_token_id"],
             *[config["image_token_id"]] * image_tokens,
             config["vision_end_token_id"],
-        ]
+        ] * images
         ids = torch.cat([torch.tensor(head), text])
         labels = torch.cat([ids[1:], torch.tensor([IGNORED])])
         labels[labels == config["image_token_id"]] = IGNORED
-        pixels = torch.randn(side**2, features, generator=generator)
-        made.append(Sample(ids, labels, torch.tensor([[1, side, side]]), pixels))
+        pixels = torch.randn(images * side**2, features, generator=generator)
+        made.append(Sample(ids, labels, torch.tensor([[1, side, side]] * images), pixels))
     return made
 
 
@@ -278,20 +278,23 @@ def matrix_rate(size: int = 8192, times: int = 20) -> float:
     return 2 * size**3 * times / (events[0].elapsed_time(events[1]) / 1000)
 
 
+def versions() -> dict[str, str]:
+    return {p: metadata.version(p) for p in PACKAGES if importlib.util.find_spec(PACKAGES[p])}
+
+
 def write(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
     import torch
 
     settings = {n: v for n, v in vars(options).items() if n not in ("side", "output", "model")}
     best = {side: max(r["tokens_per_second"] for r in runs) for side, runs in found.items()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    packages = [p for p in PACKAGES if importlib.util.find_spec(PACKAGES[p])]
     result = {
         "command": f"python -m benchmarks.training {' '.join(f'--{n} {v}' for n, v in settings.items())}", "commit": commit,
         "machine": {
             "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cores": os.cpu_count(),
             "python": platform.python_version(),
         },
-        "versions": {p: metadata.version(p) for p in packages}, "settings": settings, "runs": found,
+        "versions": versions(), "settings": settings, "runs": found,
         "ratio": round(best["mimo_jobs"] / best["transformers"], 3),
     }  # fmt: skip
     Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
