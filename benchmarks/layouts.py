@@ -5,8 +5,8 @@
 
 Homogeneous layouts have language and images on the same ranks, cut alike; heterogeneous ones do not. A step is a global batch of
 ``--rows`` samples of ``--tokens`` tokens with ``--images`` square images each, with optimizer; its time is the median after the
-warm-up, of the slowest rank. Losses of all layouts stand beside each other: it is the same training. Each rank tells the seconds of a step by part; ``waiting`` is
-for others. Writes benchmarks/results/layouts.json, which the planner's rates are fitted to.
+warm-up, of the slowest rank. Losses of all layouts stand beside each other: it is the same training. Each rank tells the seconds of a
+step by part; ``waiting`` is for other ranks. Writes benchmarks/results/layouts.json, which the planner's rates are fitted to.
 """
 
 import argparse

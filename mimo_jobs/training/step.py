@@ -36,7 +36,11 @@ def wrap_for_training(built: BuiltModel, *, sharded: bool = True) -> None:
         module = component_module(built, name)
         if not any(p.requires_grad for p in module.parameters()):
             continue
-        config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
+        # Every parameter of the decoder gets a gradient in every microbatch; those of the tower get none where there is no image.
+        overlapped = name == LANGUAGE and built.groups[name].dp.size() > 1
+        config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=overlapped
+        )
         wrapped = DistributedDataParallel(built.configs[name], config, module, pg_collection=built.groups[name])
         if name == LANGUAGE:
             built.model.language_model = wrapped
