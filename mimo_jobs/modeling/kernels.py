@@ -108,7 +108,7 @@ def packed_attention(
         options["enable_gqa"] = True
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     # torch 2.10 has neither windows nor a scale, 2.11 no groups.
-    if _VARLEN is None or q.device.type not in DEVICES or not fits or not options.keys() <= _VARLEN_TAKES:
+    if _VARLEN is None or not q.is_cuda or not fits or not options.keys() <= _VARLEN_TAKES:
         return None
     return _VARLEN(q, k, v, bounds, bounds, longest, longest, **options)
 
