@@ -1,6 +1,6 @@
 """Fine-tuning against transformers and PyTorch: 50 steps of SFT in three layouts, and every gradient in every class of layout.
 
-    uv run python -m benchmarks.training_parity                # 50 steps, 19 layouts: some minutes on two cores
+    uv run python -m benchmarks.training_parity                # 50 steps, every layout class: some minutes on two cores
     uv run python -m benchmarks.training_parity --steps 6      # a quick look that it runs
 
 On gloo, fp32, a tiny random model with all kinds of layers, images of several sizes. The reference is transformers' model in fp64 with

@@ -36,6 +36,8 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int, dict[str, Any]]] = {
     "disjoint, language tp2, images dp2 (fan-in)": (ParallelLayout(Layout(tp=2), Layout(dp=2, rank_offset=2), 4), 2, {}),
     "disjoint, language dp2, images dp1 (fan-out)": (ParallelLayout(Layout(dp=2), Layout(rank_offset=2), 3), 2, {}),
     "disjoint, language pp2, images dp2, tied": (ParallelLayout(Layout(pp=2), Layout(dp=2, rank_offset=2), 4), 2, dict(tied=True)),
+    "disjoint, language pp2 dp2, tied": (ParallelLayout(Layout(pp=2, dp=2), Layout(rank_offset=4), 5), 2, dict(tied=True)),
+    "colocated, language tp2 dp2, images dp4": (ParallelLayout(Layout(tp=2, dp=2), Layout(dp=4), 4), 2, dict(sp=True)),
     "disjoint, language tp2 pp2, sequence parallel": (ParallelLayout(Layout(tp=2, pp=2), Layout(rank_offset=4), 5), 2, dict(sp=True)),
     "disjoint, images first": (ParallelLayout(Layout(tp=2, rank_offset=1), Layout(dp=1, rank_offset=0), 3), 2, {}),
     "disjoint, pp2, packed": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 3, dict(packing=True)),
