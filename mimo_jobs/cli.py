@@ -331,6 +331,8 @@ def _command(name: str, argv: list[str]) -> int:
         if w.startswith("executor.") and "=" in w
     }
     rest = [w for w in line.rest if not (w.startswith("executor.") and "=" in w)]
+    if name == "plan":
+        return _plan(rest, line.options.get("--executor", "local"), fields, "--json" in line.options)
     least, most = {"status": (0, 1), "list": (0, 0), "diff": (2, 2), "doctor": (0, 0)}.get(name, (1, 1))
     if not least <= len(rest) <= most or (fields and name not in ("resume", "doctor", "hash")):
         usage = f"{PROGRAM} {name} {help.COMMANDS[name].arguments}"
@@ -392,6 +394,16 @@ def _doctor(executor: str, fields: Mapping[str, str], as_json: bool) -> int:
     else:
         console.make().print(doctor.table(checks))
     return int(any(c.state == "failed" for c in checks))
+
+
+def _plan(words: list[str], executor: str, fields: Mapping[str, str], as_json: bool) -> int:
+    target = _target(executor, base.check(executor), fields)
+    if target is not None and target.ssh:
+        more = [*(f"executor.{k}={v}" for k, v in fields.items()), *["--json"] * as_json]
+        return _over_there(target, ["plan", *words, "--executor", executor, *more])
+    from mimo_jobs.planning import command
+
+    return command.run(words, executor, fields, target, as_json)
 
 
 def _hash(place: str, executor: str, fields: Mapping[str, str], as_json: bool) -> int:

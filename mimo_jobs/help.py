@@ -42,6 +42,12 @@ THERE = {"--executor": "NAME: a profile with ssh: of the runs on that login node
 JSON = {"--json": "print JSON"}
 HELP = {"--help": "show this"}
 COMMANDS = {
+    "plan": Command(
+        "recipes.NAME model=DIR gpus=N [FIELD=VALUE ...]", "which layout to train in: predicted speed and memory of every one, and the command of the best",
+        {"--executor": "NAME: slurm or slurm:NAME gives the GPU, and how many a node has", **JSON, **HELP},
+        "plan recipes.qwen35vl_sft model=/models/Qwen3.5-9B gpus=8 tokens=2048 image_tokens=576",
+        "A field of the recipe that is set is kept, such as layout.language.tp=4, micro_batch_size=1 or freeze=images; the others are chosen",
+    ),
     "status": Command(
         "[ID]", "steps of a run, or of all that are under way: state, job, nodes, elapsed, progress, reason",
         {"--all": "every run", "--wait": "until the run has ended; exit 1 unless it is done", **THERE, **JSON, **HELP}, "status latest", RUN,
@@ -108,11 +114,11 @@ def command(name: str) -> str:
     known = COMMANDS[name]
     usage = " ".join(w for w in (PROGRAM, name, known.arguments, "[options]") if w)
     more = f"\n\n{known.more}." if known.more else ""
-    fields = (
-        f"\n\nfields of a profile, also as executor.FIELD=VALUE on every command line (docs/slurm.md):\n{_rows(_profile())}"
-        if name == "doctor"
-        else ""
-    )
+    fields = ""
+    if name == "doctor":
+        fields = f"\n\nfields of a profile, also as executor.FIELD=VALUE on every command line (docs/slurm.md):\n{_rows(_profile())}"
+    elif name == "plan":
+        fields = f"\n\nfields besides the recipe's (docs/planning.md):\n{_rows(_asked())}"
     return f"""usage: {usage}
 
 {known.text[0].upper()}{known.text[1:]}.{more}
@@ -128,6 +134,12 @@ def _profile() -> dict[str, str]:
     from launchers.profiles import Profile
 
     return overrides.docs(Profile)
+
+
+def _asked() -> dict[str, str]:
+    from mimo_jobs.planning.command import Asked
+
+    return {p: _row(f, f.default) for p, f in overrides.leaves(Asked).items()}
 
 
 def verify() -> str:

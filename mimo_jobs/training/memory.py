@@ -86,6 +86,6 @@ def activations(
         return {LANGUAGE: max(stages), IMAGES: v_inside + patches * d["v_patch"] * itemsize}
     kept = d["v_depth"] * (v_inputs if recompute else v_inside)
     merged = BACKWARD * patches * (d["v_patch"] + d["v_hidden"]) * itemsize
-    # With the language on ranks of its own in a pipeline, as many micro-batches of images are under way as it has stages.
-    under_way = 1 if layout.colocated else language.pp
+    # On ranks of their own the images are the first stage of a pipeline, before the language's.
+    under_way = 1 if layout.colocated else language.pp + 1
     return {LANGUAGE: max(stages), IMAGES: under_way * kept + BACKWARD * v_inside + merged}
