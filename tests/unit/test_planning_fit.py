@@ -129,3 +129,36 @@ def test_sizes_by_name_are_the_published_ones():
     assert {n: fit.published_config(n) for n in PUBLISHED} == {n: published(*PUBLISHED[n]) for n in PUBLISHED}
     with pytest.raises(UserError, match="'72b' is not one of"):
         fit.published_config("72B")
+
+
+def test_results_of_the_benchmark_of_layouts_are_points():
+    from benchmarks import fit_rates, layouts
+
+    ranks = [{"components": ["language", "images"], "peak_gb": 20.0}]
+    apart = [{"components": [name], "peak_gb": gb} for name, gb in (("language", 20.0), ("images", 5.0))]
+    settings = {
+        "shape": "0.8b", "image": 768, "images": 2, "tokens": 4096, "rows": 8, "micro": 2, "recompute": "none", "sequence_parallel": False,
+        "freeze": "none",
+    }  # fmt: skip
+    known = rates.load("H200")
+    for gpus, named in layouts.LAYOUTS.items():
+        measured = {
+            name: {
+                "language": language,
+                "images": images,
+                "step_seconds": 1.0,
+                "ranks": apart if "|" in name else ranks,
+            }
+            for name, (language, images) in named.items()
+        }
+        found = fit_rates.points_of(
+            {"settings": settings, "layouts": measured | {"other": {"failed": "out of memory"}}}
+        )
+        assert len(found) == len(named)
+        for name, compared in zip(named, fit.compare(found, known), strict=True):
+            assert compared.layout.world_size == gpus and compared.layout.colocated == ("|" not in name)
+            assert compared.peaks["images"][1] == (5e9 if "|" in name else 20e9) and compared.seconds[0] > 0
+        assert found[0].workload.image_tokens == 2 * 24**2 and found[0].workload.images == 2
+    page = fit_rates.PAGE.read_text()
+    assert page.index(fit_rates.BEGIN) < page.index(fit_rates.END)
+    assert fit_rates.known_card("NVIDIA H200") == "H200" and fit_rates.known_card("NVIDIA H100 80GB HBM3") == "H100"
