@@ -1,5 +1,6 @@
 """A tiny random Qwen3.5-VL of Hugging Face in which every weight matters."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -7,8 +8,7 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 # The reference computes in plain PyTorch, on any device and in fp64, also where flash-linear-attention is installed.
-_RULE: Any = modeling_qwen3_5.torch_chunk_gated_delta_rule
-modeling_qwen3_5.torch_chunk_gated_delta_rule = _RULE.__wrapped__
+modeling_qwen3_5.torch_chunk_gated_delta_rule = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
 
 
 def tiny_config(
