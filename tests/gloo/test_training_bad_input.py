@@ -317,11 +317,12 @@ def die_while_writing(victim: int) -> Callable[[int], None]:
     return before
 
 
+# In step 5 the checkpoint of step 2 is published for certain: that of step 4 waits for it.
 RANKS: dict[str, tuple[Callable[[int], None], str, bool, int | None]] = {
-    "killed in a step": (at_step(4, die(1)), "rank 1 ended unexpectedly", True, 1),
-    "rank 0 killed in a step": (at_step(4, die(0)), "rank 0 ended unexpectedly", True, 0),
+    "killed in a step": (at_step(5, die(1)), "rank 1 ended unexpectedly", True, 1),
+    "rank 0 killed in a step": (at_step(5, die(0)), "rank 0 ended unexpectedly", True, 0),
     "killed while it writes": (die_while_writing(1), "rank 1 ended unexpectedly", True, 1),
-    "a defect in a step": (at_step(4, raise_error(1)), "RuntimeError: made up (a defect, at ", False, None),
+    "a defect in a step": (at_step(5, raise_error(1)), "RuntimeError: made up (a defect, at ", False, None),
 }
 
 

@@ -117,9 +117,11 @@ def test_hostile_names_and_values_are_data(home, model, tmp_path):
     assert same_files(nasty / "model", nasty / "out" / "hf")
     # The interpreter starts before the worker takes its log over.
     assert f"VALUE {NASTY!a}" in (run.steps[0].directory / "slurm.log").read_text()
-    said = [
-        json.loads(line) for line in (tmp_path / "said $(touch pwned) `touch pwned`.jsonl").read_text().splitlines()
-    ]
+    told = tmp_path / "said $(touch pwned) `touch pwned`.jsonl"
+    wait_until(
+        lambda: told.exists() and len(told.read_text().splitlines()) == 3, 30, run
+    )  # it is told once a step is over
+    said = [json.loads(line) for line in told.read_text().splitlines()]
     assert [(s["step"], s["state"]) for s in said] == [("import", "done"), ("export", "done"), ("verify", "done")]
     assert not [p for p in tmp_path.rglob("pwned*")], "something typed was executed"
 
