@@ -27,6 +27,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.commit import commit
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # language and images on the same two ranks, and the single rank of the scaling row
@@ -237,9 +239,8 @@ def report(options: argparse.Namespace, bench: Bench, samples: list[dict], equal
     }
     for name, value in speedups.items():
         console.print(f"{name}: {value['median']:.2f} [{value['min']:.2f}, {value['max']:.2f}]")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": f"python -m benchmarks.conversion --shape {options.shape} --repeats {options.repeats}", "commit": commit, "shape": options.shape,
+        "command": f"python -m benchmarks.conversion --shape {options.shape} --repeats {options.repeats}", "commit": commit(), "shape": options.shape,
         "bytes": bench.nbytes, "repeats": len(samples), "export_bit_exact": equal,
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()},
         "versions": {p: metadata.version(p) for p in ("torch", "megatron-core", "safetensors", "blake3")},

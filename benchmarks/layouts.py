@@ -22,6 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commit import commit
 from benchmarks.training import RESULTS, ROOT, loss_tokens, make_model, matrix_rate, samples_of, versions
 
 # Words as recipes have them, by number of GPUs; language, then images.
@@ -213,11 +214,10 @@ def write(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None
     import torch
 
     settings = {n: v for n, v in vars(options).items() if n not in ("one", "output", "model", "layouts")}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     words = " ".join(f"--{n.replace('_', '-')} {v}" for n, v in settings.items() if not isinstance(v, bool))
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
-        "command": f"python -m benchmarks.layouts {words}" + " --sequence-parallel" * options.sequence_parallel, "commit": commit,
+        "command": f"python -m benchmarks.layouts {words}" + " --sequence-parallel" * options.sequence_parallel, "commit": commit(),
         "machine": {"card": card, "cores": os.cpu_count()}, "versions": versions(), "settings": settings, "layouts": found,
     }  # fmt: skip
     Path(options.output).write_text(json.dumps(result, indent=1) + "\n")

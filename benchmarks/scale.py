@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.commit import commit
 from benchmarks.conversion import RESULTS, ROOT, Bench
 
 MARGIN = 512 << 20  # what a rank may hold beside its own part
@@ -130,10 +131,9 @@ def write(options: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]])
             f"{row['tensors']}/{row['tensors']}" if row["equal"] else "NO", f"{peaks:.0f}",
         )  # fmt: skip
     Console(width=130).print(table)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     ranks = " ".join(map(str, options.ranks))
     result = {
-        "command": f"python -m benchmarks.scale --shape {options.shape} --ranks {ranks}", "commit": commit, "shape": options.shape,
+        "command": f"python -m benchmarks.scale --shape {options.shape} --ranks {ranks}", "commit": commit(), "shape": options.shape,
         "bytes": bench.nbytes, "files": len(list(bench.source.glob("*.safetensors"))), "filesystem": disk(bench.work),
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}, "repetitions": rows,
     }  # fmt: skip

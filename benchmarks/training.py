@@ -26,6 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commit import commit
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SIDES = ("transformers", "mimo_jobs")
@@ -287,9 +289,8 @@ def write(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
 
     settings = {n: v for n, v in vars(options).items() if n not in ("side", "output", "model")}
     best = {side: max(r["tokens_per_second"] for r in runs) for side, runs in found.items()}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": f"python -m benchmarks.training {' '.join(f'--{n} {v}' for n, v in settings.items())}", "commit": commit,
+        "command": f"python -m benchmarks.training {' '.join(f'--{n} {v}' for n, v in settings.items())}", "commit": commit(),
         "machine": {
             "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cores": os.cpu_count(),
             "python": platform.python_version(),

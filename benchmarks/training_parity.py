@@ -16,7 +16,6 @@ import logging
 import os
 import platform
 import statistics
-import subprocess
 import time
 import warnings
 from importlib import metadata
@@ -25,6 +24,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.commit import commit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,10 +47,9 @@ def main() -> None:
     curves = {f"{lr:g}": compare_curves(lr, options.steps, console) for lr in options.lr}
     gradients = compare_gradients(console)
     show(curves, gradients, options.steps, console)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
         "command": f"python -m benchmarks.training_parity --steps {options.steps} --lr {' '.join(f'{lr:g}' for lr in options.lr)}",
-        "commit": commit, "seconds": round(time.perf_counter() - started, 1),
+        "commit": commit(), "seconds": round(time.perf_counter() - started, 1),
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()},
         "versions": {p: metadata.version(p) for p in ("torch", "megatron-core", "transformers")},
         "steps": options.steps, "curves": curves, "gradients": gradients,
