@@ -353,6 +353,16 @@ def _parsed(name: str, text: str) -> Any:
     return text
 
 
+def signal_name(signal: str) -> str:
+    """``B:USR1@120`` -> ``USR1``."""
+    return signal.removeprefix("B:").partition("@")[0]
+
+
+def signal_seconds(signal: str) -> int:
+    """How long before the limit: ``B:USR1@120`` -> 120; Slurm's own 60 where that is not said."""
+    return int(signal.partition("@")[2] or 60)
+
+
 def seconds(limit: str) -> int:
     """Seconds of a Slurm time limit (sbatch(1), --time): ``30`` are minutes, ``1:30`` minutes and seconds, ``2-12`` days and hours."""
     days, dash, rest = limit.rpartition("-")

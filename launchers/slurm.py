@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import LOGS, Job, RankGroup
-from launchers.profiles import Profile, hook_words
+from launchers.profiles import Profile, hook_words, signal_name, signal_seconds
 from launchers.slurm_commands import Partition
 from mimo_jobs.errors import UserError, did_you_mean
 from mimo_jobs.placement import Placement
@@ -105,6 +105,9 @@ def script(
     """
     python = interpreter(profile)
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(asked, profile, record))]
+    # A signal that comes before python hears it (a slow setup, a slow start) would end the shell: the job failed, the chain cancelled
+    # without a word. What is ignored stays so through exec, until python installs its handlers; `slurm_step` makes up for what is lost.
+    lines.append(f"trap '' {' '.join(dict.fromkeys(('USR1', 'USR2', signal_name(profile.signal))))}")
     if profile.modules:  # before the strict mode, which neither Lmod nor /etc/profile is written for
         lines.append("command -v module >/dev/null || . /etc/profile")
         lines += [f"module load {shlex.quote(m)} || exit 1" for m in profile.modules]
@@ -247,7 +250,7 @@ def write(
         "node_of_rank": None if placement.contiguous_uniform else [placement.node_of(r) for r in range(job.world_size)],
         "ranks_on_a_node": asked.tasks_per_node, "environment": rank_environment(job, profile, code),
         "retries": profile.retries, "on_finish": hook_words(profile.on_finish or ""), "allocated_gpus": asked.allocated_gpus,
-        "time": profile.time, "replaces": replaces,
+        "time": profile.time, "signal_seconds": signal_seconds(profile.signal), "replaces": replaces,
     }  # fmt: skip
     (job.record / STEP).write_text(json.dumps(text, indent=2) + "\n")
     path = job.record / SCRIPT

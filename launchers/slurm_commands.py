@@ -107,10 +107,10 @@ def _queued(words: list[str]) -> QueuedJob | None:
     if len(words) < 6 or not words[0].strip().isdigit():
         return None
     job_id, state, name, reason, nodes, end = (w.strip() for w in words[:6])
-    return QueuedJob(int(job_id), state, name, "" if reason == "None" else reason, nodes, ended=_epoch(end))
+    return QueuedJob(int(job_id), state, name, "" if reason == "None" else reason, nodes, ended=epoch(end))
 
 
-def _epoch(text: str) -> float:
+def epoch(text: str) -> float:
     """Epoch seconds of Slurm's local time; 0 for one that is not known."""
     try:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
@@ -137,7 +137,7 @@ def accounting(job_ids: Iterable[int], seconds: float = 3.0) -> dict[int, Queued
             state = words[1].split(" ")[0]  # "CANCELLED by 1000"
             reason = "" if words[3] in ("None", "") else words[3]
             found[int(words[0])] = QueuedJob(
-                int(words[0]), state, words[2], reason, words[4], words[5], _epoch(words[6])
+                int(words[0]), state, words[2], reason, words[4], words[5], epoch(words[6])
             )
     return found
 

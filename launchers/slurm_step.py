@@ -14,6 +14,7 @@ Every outcome is a line in ``events.jsonl``, so that what happened is known wher
 import contextlib
 import enum
 import json
+import math
 import os
 import re
 import signal
@@ -75,6 +76,7 @@ class Step:
         self.ranks: subprocess.Popen[bytes] | None = None
         self.attempt = ""
         self.log_start = 0
+        self.ends, self.stop_at = math.inf, 0.0  # epoch seconds; stop_at: when Slurm is asked again when the job ends
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -134,6 +136,7 @@ class Step:
         environment = _for_srun(ours)
         if self.plan["node_of_rank"] is not None:
             environment["SLURM_HOSTFILE"] = str(self._write_hosts())
+        self._watch_limit()
         if not self.signals:
             # Its own process group: a signal to the batch job's group reaches the ranks once, through srun.
             self.ranks = subprocess.Popen(
@@ -157,6 +160,7 @@ class Step:
             try:
                 return srun.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
+                self._watch_limit()
                 if finished is None and result(self.job.record, self.attempt) is not None:
                     finished = time.monotonic()
                 if finished is not None and time.monotonic() - finished > HANGING_SECONDS:
@@ -219,6 +223,22 @@ class Step:
         if self.ranks is not None and self.ranks.poll() is None and len(self.signals) == 1:
             with contextlib.suppress(ProcessLookupError):
                 self.ranks.send_signal(signal.SIGUSR1)
+
+    def _watch_limit(self) -> None:
+        """Act as if signalled when the time for it has come: Slurm sends the signal once, and it may have come before `run` heard it.
+
+        The end that Slurm tells is that of the time limit, also of one that was changed meanwhile, or of a preempted job's grace.
+        """
+        if self.signals or time.time() < self.stop_at:
+            return
+        fields = self._slurm_fields()
+        limit, lead = fields.get("TimeLimit", ""), self.plan.get("signal_seconds", 0)
+        if limit[:1].isdigit() and seconds(limit) <= lead:
+            lead = 0  # there would be no time to work at all: such a job may run up to its limit
+        self.ends = slurm_commands.epoch(fields.get("EndTime", "")) or self.ends
+        self.stop_at = self.ends - lead
+        if time.time() >= self.stop_at:
+            self._on_signal(signal.SIGUSR1, None)
 
     def _after_signal(self) -> int:
         """The ranks have stopped because this job was told to: back to the queue, unless somebody cancelled it."""

@@ -19,6 +19,7 @@
 #SBATCH --open-mode=append
 #SBATCH --comment='a # $(touch pwned) "b"'
 #SBATCH --oversubscribe
+trap '' USR1 USR2
 set -eo pipefail
 export PATH=/shared/venv/bin:"$PATH" PYTHONSAFEPATH=1
 export PYTHONPATH=/shared/runs/RUN/code

@@ -8,6 +8,7 @@
 #SBATCH --chdir=/shared/runs/RUN/1-import
 #SBATCH --output=/shared/runs/RUN/1-import/slurm.log
 #SBATCH --open-mode=append
+trap '' USR1 USR2
 command -v module >/dev/null || . /etc/profile
 module load gcc/13 || exit 1
 module load cuda/12.4 || exit 1

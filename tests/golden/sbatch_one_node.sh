@@ -8,6 +8,7 @@
 #SBATCH --chdir=/shared/runs/RUN/1-import
 #SBATCH --output=/shared/runs/RUN/1-import/slurm.log
 #SBATCH --open-mode=append
+trap '' USR1 USR2
 set -eo pipefail
 export PATH=/shared/venv/bin:"$PATH" PYTHONSAFEPATH=1
 export PYTHONPATH=/shared/runs/RUN/code

@@ -16,12 +16,16 @@ SMALL = ("layout.language.tp=2", "layout.images.tp=1")
 SLOW = """
 import os, sys, time
 if "mimo_jobs.worker" in " ".join(sys.orig_argv):
+    from mimo_jobs.conversion import journal
     from mimo_jobs.weights import transfer
-    real = transfer.write_full
+    real, remaining = transfer.write_full, journal.Journal.remaining
     def slow(fd, data, offset):
         time.sleep(float(open(os.environ["SLOW"]).read()))
         real(fd, data, offset)
-    transfer.write_full = slow
+    def told(self, tasks):
+        for task in remaining(self, tasks):
+            yield lambda t=task: (t(), open(os.environ["SLOW"] + ".finished", "a").write("."))
+    transfer.write_full, journal.Journal.remaining = slow, told
 """
 
 
@@ -59,6 +63,17 @@ def hurry(work: Path) -> None:
     if (work / "slow").exists():
         (work / "slow" / "seconds.new").write_text("0")
         os.replace(work / "slow" / "seconds.new", work / "slow" / "seconds")
+
+
+def finished(work: Path) -> int:
+    """How many tasks the ranks of `slowed` steps have finished; bytes move before the first one is."""
+    place = work / "slow" / "seconds.finished"
+    return place.stat().st_size if place.exists() else 0
+
+
+def kinds(run: RunRecord, step: str = "import") -> list[str]:
+    """What happened to a step, in order."""
+    return [e["event"] for e in run.step(step).events()]
 
 
 def states(run: RunRecord) -> list[str]:

@@ -7,6 +7,7 @@ writes them anew: read the diff before committing it.
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -167,6 +168,27 @@ def test_hostile_values_reach_the_job_unread_by_any_shell(tmp_path):
     assert arguments == ["-m", "launchers.slurm_step", str(record)]
     assert environment["PATH"].startswith(f"{venv}/bin:") and environment["PYTHONPATH"] == str(tmp_path / "code")
     assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("asked", ["USR1@60", "B:TERM@60"])
+def test_a_signal_that_nobody_hears_yet_does_not_end_the_script(tmp_path, asked):
+    """During a slow setup, and during a slow start of python: by default each of these signals ends either."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho python; sleep 1; echo over\n")
+    python.chmod(0o755)
+    profile = from_plain({"venv": str(tmp_path), "setup": ["echo setup; sleep 1"], "signal": asked}, {})
+    step = slurm.request("t", placement.place_ranks(1, 8), profile, uses_gpus=False)
+    signals = {signal.SIGUSR1, signal.SIGUSR2, signal.Signals[f"SIG{profiles.signal_name(asked)}"]}
+    text = slurm.script(step, profile, tmp_path, None)
+    with subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True) as batch:
+        assert batch.stdout
+        for expected in ("setup\n", "python\n"):
+            assert batch.stdout.readline() == expected
+            for signum in signals:
+                batch.send_signal(signum)
+        assert batch.stdout.read() == "over\n"
+    assert batch.returncode == 0
 
 
 def test_setup_is_what_a_shell_runs(tmp_path):
