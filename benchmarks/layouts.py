@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--recompute", choices=("full", "none"), default="none")
+    parser.add_argument("--state", choices=("fp32", "bf16"), default="fp32", help="gradients and moments of mimo_jobs")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--freeze", choices=("none", "images"), default="none")
     parser.add_argument("--model", help="directory for the checkpoint; made if it is not there")
@@ -186,9 +187,11 @@ def prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any
     fill_model(built, Path(options.model))
     if options.freeze in built.groups:
         component_module(built, options.freeze).requires_grad_(False)
-    wrap_for_training(built)
+    wrap_for_training(built, wide_gradients=options.state == "fp32")
     updates = make_optimizer(
-        built, Optimizer(lr=1e-5, weight_decay=0.0, schedule="constant"), options.warmup + options.steps
+        built,
+        Optimizer(lr=1e-5, weight_decay=0.0, schedule="constant", state=options.state),
+        options.warmup + options.steps,
     )
     dp = {name: component.dp for name, component in layout.components.items()}
     shares = Shares(dp["language"], dp["images"], options.micro, options.rows // dp["language"] // options.micro)

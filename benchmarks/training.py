@@ -5,7 +5,7 @@
 
 Every row is a sample of ``tokens`` tokens with one square image; all text has a loss. transformers runs with gradient checkpointing, as
 its users do; ``--recompute`` is what mimo_jobs recomputes. Both keep optimizer state in fp32 (transformers: fp32 weights under bf16
-autocast; ``--baseline bf16``: weights and state in bf16), and use flash-linear-attention if it is there. Each side runs in a process
+autocast; ``--baseline bf16``: weights and state in bf16; mimo_jobs ``--state bf16``: gradients and moments in bf16, fp32 weights), and use flash-linear-attention if it is there. Each side runs in a process
 of its own, in turns; a step's time is the median after the warm-up. The losses of both sides stand beside each other: they are the
 same training. ``--profile`` adds where two more steps of mimo_jobs spend the device's time. Writes benchmarks/results/training.json.
 """
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--recompute", choices=("full", "none"), default="none")
+    parser.add_argument("--state", choices=("fp32", "bf16"), default="fp32", help="gradients and moments of mimo_jobs")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--baseline", choices=("mixed", "bf16"), default="mixed")
     parser.add_argument("--model", help="directory for the checkpoint; made if it is not there")
@@ -246,9 +247,11 @@ def with_mimo_jobs(options: argparse.Namespace) -> tuple[Callable[[], float], An
         overrides=dict.fromkeys(("language", "images"), RECOMPUTE[options.recompute]),
     )
     fill_model(built, Path(options.model))
-    wrap_for_training(built)
+    wrap_for_training(built, wide_gradients=options.state == "fp32")
     updates = make_optimizer(
-        built, Optimizer(lr=LR, weight_decay=0.0, schedule="constant"), options.warmup + options.steps
+        built,
+        Optimizer(lr=LR, weight_decay=0.0, schedule="constant", state=options.state),
+        options.warmup + options.steps,
     )
     samples, shares = samples_of(config, options), Shares(1, 1, options.rows, 1)
     table = table_of(samples, [[i] for i in range(options.rows)])

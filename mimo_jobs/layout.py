@@ -153,7 +153,7 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
-HEAD_BLOCK_BYTES = 1 << 30  # of the logits in fp32 that a rank has at a time (`modeling.loss`)
+HEAD_BLOCK_BYTES = 2 << 30  # of logits and their gradients that a rank has at a time (`modeling.loss`)
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:

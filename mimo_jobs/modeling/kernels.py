@@ -19,13 +19,16 @@ except ImportError:
 try:
     from fla.modules.activations import swiglu as _fla_swiglu  # pyright: ignore[reportMissingImports]
     from fla.modules.convolution import causal_conv1d  # pyright: ignore[reportMissingImports]
+    from fla.modules.fused_cross_entropy.ops import cross_entropy_bwd, cross_entropy_fwd  # pyright: ignore[reportMissingImports]
     from fla.modules.fused_norm_gate import rms_norm_gated as _fla_rms_norm_gated  # pyright: ignore[reportMissingImports]
     from fla.modules.layernorm import rms_norm as _fla_rms_norm  # pyright: ignore[reportMissingImports]
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 except ImportError:  # an extra, `gpu`
     _fla_swiglu = _fla_rms_norm_gated = _fla_rms_norm = causal_conv1d = chunk_gated_delta_rule = None
+    cross_entropy_bwd = cross_entropy_fwd = None
 
 DEVICES = frozenset({"cuda"})
+_NO_LABEL = -(1 << 40)  # further than any label is from a rank's rows
 _VARLEN: Callable[..., Any] | None = _varlen_attn
 _VARLEN_TAKES = frozenset(inspect.signature(_varlen_attn).parameters) if _varlen_attn is not None else frozenset[str]()
 
@@ -35,20 +38,21 @@ def available(device: str, dtype: torch.dtype) -> bool:
     return chunk_gated_delta_rule is not None and device in DEVICES and dtype in (torch.bfloat16, torch.float16)
 
 
-def _take(x: Tensor) -> bool:
+def take(x: Tensor) -> bool:
+    """Whether fused kernels take this tensor."""
     return available(x.device.type, x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / rms(x) * weight`` over the last axis, computed in fp32, in x's dtype; ``weight`` is fp32."""
-    if _take(x):
+    if take(x):
         return _call(_fla_rms_norm, x, weight, None, eps=eps)
     return (_rms_normalised(x, eps) * weight).to(x.dtype)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x / rms(x)) * silu(gate)`` over the last axis, in x's dtype (``Qwen3_5RMSNormGated``)."""
-    if _take(x):
+    if take(x):
         return _call(_fla_rms_norm_gated, x, gate, weight, None, activation="silu", eps=eps)
     normalised = weight * _rms_normalised(x, eps).to(x.dtype)
     return (normalised * F.silu(gate.float())).to(x.dtype)
@@ -56,7 +60,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``."""
-    return _call(_fla_swiglu, gate, up) if _take(gate) else F.silu(gate) * up
+    return _call(_fla_swiglu, gate, up) if take(gate) else F.silu(gate) * up
 
 
 def gated_delta_rule(
@@ -88,6 +92,26 @@ def gated_delta_rule(
         use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
     )  # fmt: skip
     return out
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token, where `available`: the logarithm of its logits' summed exponentials, and the logit of its label.
+
+    Args:
+        logits: (tokens, vocabulary), rows contiguous; computed with in fp32.
+        labels: int64 (tokens,); outside of the vocabulary the label's logit is 0.
+
+    Returns:
+        Two fp32 (tokens,).
+    """
+    losses, _, log_sums, *_ = _call(cross_entropy_fwd, logits, labels, ignore_index=_NO_LABEL)
+    return log_sums, log_sums - losses
+
+
+def cross_entropy_gradient(logits: Tensor, labels: Tensor, log_sums: Tensor) -> None:
+    """Put the gradient of the sum of ``log_sums`` less the labels' logits in place of ``logits``; arguments as of `cross_entropy`."""
+    one = log_sums.new_ones(()).expand_as(log_sums)
+    _call(cross_entropy_bwd, logits, labels, log_sums, one, ignore_index=_NO_LABEL, inplace_backward=True)
 
 
 def packed_attention(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimo_jobs.layout import HEAD_BLOCK_BYTES
+from mimo_jobs.modeling import kernels
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        rows = max(1, HEAD_BLOCK_BYTES // (4 * own))
+        rows = max(1, HEAD_BLOCK_BYTES // (own * _bytes_per_logit(hidden)))
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             logits = hidden[block] @ weight.t()
-            logits[:, there:] = float("-inf")
-            losses, gradient = _losses(logits.float(), labels[block] - first, there, group)
+            losses, gradient = _losses(logits, labels[block] - first, there, group)
             loss += losses.sum()
-            gradient = gradient.to(hidden.dtype)
             if d_hidden is not None:
                 torch.matmul(gradient, weight, out=d_hidden[block])
             if d_weight is not None:
@@ -88,12 +87,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
+def _bytes_per_logit(hidden: Tensor) -> int:
+    """What a block of logits holds at a time: of 16 bits without kernels also its values and their gradient in fp32, and that in 16."""
+    return hidden.itemsize if kernels.take(hidden) or hidden.itemsize == 4 else 4 + 2 * hidden.itemsize
+
+
 def _losses(logits: Tensor, labels: Tensor, there: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Loss of each token, and the gradient of their sum in place of ``logits``, which are fp32 (n, own rows).
+    """Loss of each token, in fp32, and the gradient of their sum in the logits' dtype; overwrites the logits.
 
     Args:
+        logits: (n, own rows of the padded vocabulary), of which ``there`` are tokens.
         labels: relative to this rank's first row; outside of ``[0, there)`` another rank has it.
     """
+    if there and kernels.take(logits):
+        return _fused_losses(logits, labels, there, group), logits
+    logits[:, there:] = float("-inf")
+    losses, gradient = _plain_losses(logits.float(), labels, there, group)
+    return losses, gradient.to(logits.dtype)
+
+
+def _fused_losses(logits: Tensor, labels: Tensor, there: int, group: dist.ProcessGroup) -> Tensor:
+    tokens = logits[:, :there]
+    log_sums, predicted = kernels.cross_entropy(tokens, labels)
+    if group.size() > 1:
+        highest = log_sums.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        both = torch.stack([predicted, (log_sums - highest).exp()])
+        dist.all_reduce(both, group=group)
+        predicted, log_sums = both[0], both[1].log() + highest
+    kernels.cross_entropy_gradient(tokens, labels, log_sums)
+    logits[:, there:] = 0
+    return log_sums - predicted
+
+
+def _plain_losses(logits: Tensor, labels: Tensor, there: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     highest = logits.amax(-1)
     if group.size() > 1:
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)

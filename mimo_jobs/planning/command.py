@@ -168,7 +168,8 @@ def ask(recipe: str, values: Mapping[str, Any], profile: Profile | None) -> Ques
         raise UsageError(f"layout.world_size={world}: there are gpus={gpus}; set gpus={world}, or a smaller world")
     workload = _workload(values, all_values)
     config = _config(values["model"])
-    tuning = Tuning(all_values["precision"], all_values.get("freeze", "none"), _lora(recipe, values, config))
+    state = all_values.get("optimizer.state", "fp32")
+    tuning = Tuning(all_values["precision"], all_values.get("freeze", "none"), _lora(recipe, values, config), state)
     arguments = _arguments(recipe, values)
     layout = {p.removeprefix("layout."): v for p, v in values.items() if p.startswith("layout.") and v is not None}
     recompute = values.get("recompute")

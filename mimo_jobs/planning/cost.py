@@ -14,7 +14,7 @@ from mimo_jobs.planning.rates import Rates
 from mimo_jobs.planning.sizes import Held, Sizes
 from mimo_jobs.planning.workload import Settings, Workload
 from mimo_jobs.training.flops import PASSES
-from mimo_jobs.training.memory import GRADIENT, MASTER, MOMENTS
+from mimo_jobs.training.memory import GRADIENT, MASTER, MOMENTS, NARROW
 
 PARTS: tuple[str, ...] = (
     LANGUAGE,
@@ -189,8 +189,9 @@ class CostModel:
         return 2 * values * self.sizes.itemsize * passes / self.rates.hbm
 
     def _gradients(self, held: Held) -> float:
-        """Each microbatch's gradient is written, read and added to the fp32 one."""
-        return (held.trained * (2 * self.sizes.itemsize + 2 * GRADIENT) + held.adapters * 4 * GRADIENT) / self.rates.hbm
+        """Each microbatch's gradient is written, read and added to the sum."""
+        kept = NARROW if self.sizes.narrow else GRADIENT
+        return (held.trained * (2 * self.sizes.itemsize + 2 * kept) + held.adapters * 4 * GRADIENT) / self.rates.hbm
 
     # ------------------------------------------------------------------------------------------------------ communication
 
@@ -245,15 +246,16 @@ class CostModel:
     def _end_of(self, c: Component) -> tuple[float, float, float]:
         held = max(self.sizes.held(c.name, c.tp, c.pp), key=lambda h: h.trained + h.adapters)
         itemsize, count = self.sizes.itemsize, held.trained + held.adapters
+        gradient, moments = (NARROW, 2 * NARROW) if self.sizes.narrow else (GRADIENT, MOMENTS)
         # Zeroed, scaled; of the own share: norm, clipping, and AdamW, which reads and writes moments and fp32 copy.
-        whole = GRADIENT + 2 * GRADIENT
-        own = GRADIENT + 2 * GRADIENT + GRADIENT + 2 * MOMENTS + 2 * MASTER + itemsize
+        whole = gradient + 2 * gradient
+        own = gradient + 2 * gradient + gradient + 2 * moments + 2 * MASTER + itemsize
         stepping = count * (whole + own / c.dp) / self.rates.hbm
         if c.dp == 1 or not count:
             return stepping, 0.0, 0.0
         way = (c.dp - 1) / c.dp / self._bandwidth(c.dp, c.tp)
         parameters = held.trained * itemsize + held.adapters * 4
-        return stepping, count * GRADIENT * way + self.rates.latency, parameters * way + self.rates.latency
+        return stepping, count * gradient * way + self.rates.latency, parameters * way + self.rates.latency
 
     def _backward(self, stage: Part, settings: Settings) -> float:
         """Of a microbatch, the seconds of the backward pass: the last one's hide the reduction of the language's gradients."""

@@ -36,7 +36,7 @@ class Sizes:
         config: config.json.
         weight_map: of the model; ``dims``: its dimensions; ``flops``: what its tokens and patches cost.
         training: component -> how it trains, as `flops.Work.passes` takes it.
-        itemsize: bytes of a parameter.
+        itemsize: bytes of a parameter; ``narrow``: its gradient and moments have 16 bits.
 
     Raises:
         UserError: no supported model, or adapters that it cannot have.
@@ -47,6 +47,7 @@ class Sizes:
         self.weight_map = family_of(config).weight_map(config)
         self.dims, self.flops = dims(config), flops.of_config(config)
         self.itemsize = ITEMSIZE[tuning.precision]
+        self.narrow = tuning.state == "bf16" and self.itemsize < 4
         self._modules = targeted(self.weight_map, tuning.lora.targets) if tuning.lora else ()
         self.training = self._training()
         self._parts: dict[tuple[str, int], dict[Stage, tuple[int, int]]] = {}
@@ -137,7 +138,7 @@ class Sizes:
                 elements, trained, adapters = (
                     max(getattr(h, f) for h in stages) for f in ("elements", "trained", "adapters")
                 )
-                state = memory.state(elements, trained, adapters, c.dp * c.cp, self.itemsize)
+                state = memory.state(elements, trained, adapters, c.dp * c.cp, self.itemsize, self.narrow)
                 self._memory[key] = dataclasses.replace(state, activations=kept)
             found[name] = self._memory[key]
         return found

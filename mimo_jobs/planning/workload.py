@@ -35,11 +35,13 @@ class Tuning:
         precision: ``bf16`` or ``fp32``, of weights and activations.
         freeze: ``none``, or the component that does not train.
         lora: the adapters; None trains every parameter.
+        state: ``bf16`` or ``fp32``, of gradients and moments.
     """
 
     precision: str = "bf16"
     freeze: str = "none"
     lora: Lora | None = None
+    state: str = "fp32"
 
 
 class Settings(NamedTuple):

@@ -164,48 +164,43 @@ def language_inputs(
     encoded: Mapping[int, Encoded],
     *,
     multiple: int = 1,
-    packing: bool = False,
 ) -> Microbatch:
-    """Everything that a language rank takes, right-padded to the longest row.
+    """Everything that a language rank takes: all samples of its rows behind one another in one sequence, attended to each for itself.
+
+    Nothing is padded to the longest row, and a batch of one needs no copies between megatron-core's (seq, batch) and the kernels'
+    (batch, seq).
 
     Args:
         hf: the whole model's config.
         encoded: position of a sample -> the sample, for this replica's rows.
         multiple: the sequence is padded to a multiple of it (tp, under sequence parallelism).
-        packing: put all rows behind each other in one sequence, attended to each for itself.
     """
-    rows = [[encoded[s] for s in table.rows[r]] for r in shares.language_rows(microbatch, replica)]
-    if packing:
-        rows = [[s for row in rows for s in row]]
-    assert packing or all(len(row) <= 1 for row in rows)
-    lengths = [max(1, sum(len(s.input_ids) for s in row)) for row in rows]
-    longest = -(-max(lengths) // multiple) * multiple
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    samples = [encoded[s] for r in shares.language_rows(microbatch, replica) for s in table.rows[r]]
+    lengths = [len(s.input_ids) for s in samples]
+    length = -(-max(1, sum(lengths)) // multiple) * multiple
+    if rest := length - sum(lengths):
+        lengths.append(rest)  # the padding is a sample of its own
+    ids = torch.zeros(1, length, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
-    positions = torch.zeros(3, len(rows), longest, dtype=torch.int64)
-    for r, row in enumerate(rows):
-        at = 0
-        for sample in row:
-            end = at + len(sample.input_ids)
-            ids[r, at:end], labels[r, at:end] = sample.input_ids, sample.labels
-            grid = sample.image_grid_thw if len(sample.image_grid_thw) else None
-            positions[:, r, at:end] = mrope_position_ids(hf, ids[r : r + 1, at:end], grid)[:, 0]
-            at = end
+    positions = torch.zeros(3, 1, length, dtype=torch.int64)
+    at = 0
+    for sample in samples:
+        end = at + len(sample.input_ids)
+        ids[0, at:end], labels[0, at:end] = sample.input_ids, sample.labels
+        grid = sample.image_grid_thw if len(sample.image_grid_thw) else None
+        positions[:, :, at:end] = mrope_position_ids(hf, ids[:, at:end], grid)
+        at = end
     inputs: dict[str, Any] = dict(
-        input_ids=ids, position_ids=positions, targets=Targets.of(labels, IGNORED), image_places=_places(hf, table, shares, microbatch, replica, ids)
+        input_ids=ids, position_ids=positions, targets=Targets.of(labels, IGNORED), image_places=_places(hf, table, shares, microbatch, replica, ids),
+        packing_kwargs={"packed": Packed.of(lengths)},
     )  # fmt: skip
-    if packing:
-        lengths = [len(s.input_ids) for s in rows[0]]
-        rest = longest - sum(lengths)  # the padding is a sample of its own
-        inputs["packing_kwargs"] = {"packed": Packed.of([*lengths, rest] if rest else lengths)}
-    return Microbatch(inputs, longest)
+    return Microbatch(inputs, length)
 
 
 def _places(
     hf: PreTrainedConfig, table: StepTable, shares: Shares, microbatch: int, replica: int, ids: Tensor
 ) -> ImagePlaces:
-    sequence_first = (ids == hf.image_token_id).nonzero()  # batch index, seq index, in the order that images arrive
-    positions = sequence_first[:, 1] * ids.shape[0] + sequence_first[:, 0]
+    positions = (ids[0] == hf.image_token_id).nonzero()[:, 0]
     if not shares.padded:
         return ImagePlaces(torch.arange(len(positions)), positions)
     rows, length = shares.language_rows(microbatch, replica), padding_of(table, shares, microbatch)

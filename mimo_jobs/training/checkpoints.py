@@ -34,6 +34,7 @@ from mimo_jobs.checkpoint.model_io import adapter_state, load_adapters, load_mod
 from mimo_jobs.conversion.publish import sync, sync_tree
 from mimo_jobs.errors import UserError
 from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.training.adamw import empty_state
 from mimo_jobs.training.moments import SHARDING, load_own_state, share_out
 from mimo_jobs.training.optimizer import Updates
 from mimo_jobs.training.saved import RECORD, Saved, checkpoint_directory, completed
@@ -247,8 +248,4 @@ def _fill_empty_state(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                optimizer.state[parameter] = empty_state(parameter)

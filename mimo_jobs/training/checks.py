@@ -10,6 +10,8 @@ from mimo_jobs.layout import LANGUAGE, ResolvedLayout, check_batch
 from mimo_jobs.training.config import Dataset, Logging, Optimizer, Saving, Stop, Validation
 from mimo_jobs.weights import adapters
 
+MOST_BETA2 = 0.99  # with optimizer.state=bf16
+
 
 def check_settings(arguments: Mapping[str, Any], layout: ResolvedLayout) -> None:
     """Check every setting of a fine-tuning job that can be checked without its model and its data.
@@ -80,6 +82,11 @@ def check_values(settings: Optimizer) -> None:
     for name in ("beta1", "beta2"):
         _least(f"optimizer.{name}", getattr(settings, name), 0)
         _below(f"optimizer.{name}", getattr(settings, name), 1)
+    if settings.state == "bf16" and settings.beta2 > MOST_BETA2:
+        raise UsageError(
+            f"optimizer.beta2={settings.beta2:g}: with optimizer.state=bf16 at most {MOST_BETA2:g}, since changes of less than "
+            "0.4 % are lost in bf16; lower it or set optimizer.state=fp32"
+        )
     for name in ("lr", "images_lr"):
         value = getattr(settings, name)
         if value is not None and value < settings.min_lr:

@@ -7,6 +7,7 @@ Dir = Annotated[str, "directory"]
 DataRef = Annotated[str, "file, directory or hub id"]
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+StateDtype = Literal["fp32", "bf16"]
 Schema = Literal["auto", "messages", "llava", "sharegpt", "cord-v2", "caption"]
 
 
@@ -59,6 +60,7 @@ class Optimizer:
         beta2: decay of the mean of squared gradients
         eps: added to the root of the second moment
         clip_grad: largest norm of the gradient of all components together; 0 leaves it
+        state: gradients and moments of weights of 16 bits, which keep fp32 copies: fp32 (18 bytes a weight in all) or bf16 (12)
     """
 
     lr: float = 1e-5
@@ -72,6 +74,7 @@ class Optimizer:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
+    state: StateDtype = "fp32"
 
 
 @dataclass(frozen=True)

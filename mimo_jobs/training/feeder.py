@@ -211,8 +211,7 @@ class Feeder:
                 images = {IMAGES: {ENCODER: found}} if found is not None else None
             if LANGUAGE in built.groups:
                 replica = built.groups[LANGUAGE].dp.rank()
-                packing = self._settings.packing
-                one = language_inputs(built.hf, table, shares, m, replica, encoded, multiple=multiple, packing=packing)
+                one = language_inputs(built.hf, table, shares, m, replica, encoded, multiple=multiple)
                 one.inputs["modality_inputs"] = images
             else:
                 one = Microbatch({"input_ids": None, "modality_inputs": images}, 1)

@@ -14,6 +14,7 @@ from mimo_jobs.layout import HEAD_BLOCK_BYTES, IMAGES, LANGUAGE, ResolvedLayout,
 
 GRADIENT = 4  # bytes of a trained parameter: fp32, whole on every rank (megatron-core's DistributedDataParallel)
 MOMENTS = 8  # two fp32 moments, shared out over the data parallel ranks (its distributed optimizer)
+NARROW = 2  # optimizer.state=bf16: bytes of a gradient, and of each moment, of a parameter of 16 bits
 MASTER = 4  # an fp32 copy beside weights of 16 bits, shared out too
 BACKWARD = 2  # in the backward pass of a layer its gradients lie beside what it computed
 
@@ -37,17 +38,19 @@ class Memory:
         return self.certain + self.activations
 
 
-def state(elements: int, trained: int, adapters: int, dp: int, itemsize: int) -> Memory:
+def state(elements: int, trained: int, adapters: int, dp: int, itemsize: int, narrow: bool = False) -> Memory:
     """Memory of a rank before any activation.
 
     Args:
         elements: parameters of the model that it holds; ``trained``: of them, those that train.
         adapters: parameters of adapters, which are fp32.
         itemsize: bytes of a parameter.
+        narrow: optimizer.state is bf16.
     """
     master = MASTER if itemsize < 4 else 0
-    optimizer = trained * (MOMENTS + master) + adapters * MOMENTS
-    return Memory(elements * itemsize + 4 * adapters, GRADIENT * (trained + adapters), -(-optimizer // dp), 0)
+    gradient, moments = (NARROW, 2 * NARROW) if narrow and master else (GRADIENT, MOMENTS)
+    optimizer = trained * (moments + master) + adapters * MOMENTS
+    return Memory(elements * itemsize + 4 * adapters, gradient * trained + GRADIENT * adapters, -(-optimizer // dp), 0)
 
 
 def activations(
@@ -70,7 +73,7 @@ def activations(
     mixer = max(d["q_and_gate"] + 2 * d["kv"] + 2 * d["q"], d["gdn_qkv"] * 2 + 3 * d["gdn_value"])
     inside = 4 * inputs + tokens * itemsize * (mixer + 3 * d["ffn"]) // language.tp
     vocab = -(-d["vocab"] // language.tp)
-    head = min(tokens * vocab, HEAD_BLOCK_BYTES // 4) * (itemsize + 4 + itemsize)
+    head = min(tokens * vocab * (itemsize + 4 + itemsize), HEAD_BLOCK_BYTES)
     if head_trains:
         head += vocab * d["hidden"] * (4 + itemsize)
     stages = []

@@ -1,8 +1,10 @@
 """megatron-core's ``MimoOptimizer`` over the components that train, and the learning rate of each."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,13 @@ import torch.distributed as dist
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from mimo_jobs.layout import IMAGES
 from mimo_jobs.modeling.build import BuiltModel
+from mimo_jobs.training.adamw import NarrowAdamW
 from mimo_jobs.training.checks import check_optimizer
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.step import trained_components
@@ -67,16 +72,25 @@ class DeviceOptimizer(MimoOptimizer):
         self.prepare_grads()
         norm = self.get_grad_norm()
         for one in self._active_optimizers:
-            if one.config.clip_grad > 0 and (parameters := one.get_parameters()):
-                torch.nn.utils.clip_grads_with_norm_(parameters, one.config.clip_grad, norm)
+            if one.config.clip_grad > 0:
+                _clip(one, norm)
         return self.step_with_ready_grads(), norm, None
 
 
+def _clip(optimizer: MegatronOptimizer, norm: Tensor) -> None:
+    """Scale gradients to ``config.clip_grad`` if their norm is above it (as torch.nn.utils.clip_grad_norm_ does)."""
+    for one in _parts(optimizer):
+        if isinstance(one.optimizer, NarrowAdamW):
+            one.optimizer.scale = (one.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        elif parameters := one.get_parameters():
+            torch.nn.utils.clip_grads_with_norm_(parameters, one.config.clip_grad, norm)
+
+
 def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Updates:
-    """Optimizer state in fp32, sharded over data parallel ranks. Collective over the world.
+    """Optimizer state in ``settings.state``, sharded over data parallel ranks. Collective over the world.
 
     Args:
-        built: wrapped by `step.wrap_for_training`.
+        built: wrapped by `step.wrap_for_training`, with gradients in ``settings.state``.
         steps: of the whole run, where the learning rate reaches its end.
 
     Raises:
@@ -92,7 +106,7 @@ def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Update
             config = _config(built, settings, highest)
             optimizer = get_megatron_optimizer(config, [module], pg_collection=groups, use_gloo_process_groups=False)
             _number_parameters(optimizer)
-            _fuse(optimizer)
+            _narrow(optimizer) if settings.state == "bf16" else _fuse(optimizer)
             schedulers[name] = _scheduler(optimizer, settings, highest, steps)
         infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, is_active=name in built.groups)
     if not trained:  # get_megatron_optimizer gathers the kinds of dense, then of expert parameters over the whole world
@@ -127,14 +141,45 @@ def _fuse(optimizer: MegatronOptimizer) -> None:
             group["fused"] = True
 
 
+def _narrow(optimizer: MegatronOptimizer) -> None:
+    """Have the gradients used where DDP has them; megatron-core would copy them all to fp32 for a step."""
+    for one in _parts(optimizer):
+        pairs = (
+            (one.model_float16_groups, one.shard_fp32_from_float16_groups),
+            (one.model_fp32_groups, one.shard_fp32_groups),
+        )
+        for models, mains in pairs:
+            for model, main in zip(itertools.chain(*models), itertools.chain(*mains), strict=True):
+                own = one._get_model_param_range_map(model)["param"]
+                main.decoupled_grad = model.main_grad.view(-1)[own.start : own.end]
+        one._copy_model_grads_to_main_grads = lambda: None
+        one.optimizer = NarrowAdamW.instead_of(one.optimizer)
+
+
+def _gradients_for_norm(one: Any) -> list[Tensor]:
+    """Of an optimizer's parameters, without those that another rank counts."""
+    if not isinstance(one.optimizer, NarrowAdamW):
+        return one.get_grads_for_grad_norm()
+    counted = partial(param_is_not_tensor_parallel_duplicate, tp_group=one.tp_group)
+    return [p.decoupled_grad for p in one.get_parameters() if param_is_not_shared(p) and counted(p)]
+
+
 def _squared_norm(optimizer: MegatronOptimizer | None) -> Tensor:
     """Of a component's gradients, over its ranks; 0 where the component is not."""
     if optimizer is None:
         return torch.zeros((), device="cuda")
-    gradients = [g for one in _parts(optimizer) for g in one.get_grads_for_grad_norm()]
-    square = torch.nn.utils.get_total_norm(gradients).square() if gradients else torch.zeros((), device="cuda")
+    gradients = [g for one in _parts(optimizer) for g in _gradients_for_norm(one)]
+    square = _norm(gradients).square() if gradients else torch.zeros((), device="cuda")
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
     return square
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of them all, an fp32 scalar."""
+    if all(g.dtype == torch.float32 for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    # PyTorch rounds a norm of 16 bits to 16 bits.
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm()
 
 
 def _config(built: BuiltModel, settings: Optimizer, highest: float) -> OptimizerConfig:

@@ -235,7 +235,10 @@ def _memory(
         trains = lora is None and frozen != name
         adapters = max(own.get(name, {}).values(), default=0)
         each = held[name].values()
-        state = memory.state(max(each), max(each) if trains else 0, adapters, component.dp * component.cp, itemsize)
+        narrow = arguments["optimizer"].state == "bf16"
+        state = memory.state(
+            max(each), max(each) if trains else 0, adapters, component.dp * component.cp, itemsize, narrow
+        )
         found[name] = dataclasses.replace(state, activations=kept[name])
     if lora is not None:
         return found, sum(total.values()), _adapter_total(made, lora)

@@ -99,7 +99,7 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
         )
     with world.timed("load"):
         _load(args, built)
-    wrap_for_training(built)
+    wrap_for_training(built, wide_gradients=args.optimizer.state == "fp32")
     updates = make_optimizer(built, args.optimizer, steps)
     carried = None if args.lora else carry(args.source, args.layout, args.checkpoints / CARRIED, world)
 

@@ -26,11 +26,12 @@ from mimo_jobs.training.batches import Microbatch
 from mimo_jobs.training.stopwatch import Stopwatch
 
 
-def wrap_for_training(built: BuiltModel, *, sharded: bool = True) -> None:
-    """Put DDP around each component of this rank that has a parameter to train; gradients are fp32.
+def wrap_for_training(built: BuiltModel, *, sharded: bool = True, wide_gradients: bool = True) -> None:
+    """Put DDP around each component of this rank that has a parameter to train.
 
     Args:
         sharded: each data-parallel rank ends with the sum of its share of the gradients, for the distributed optimizer.
+        wide_gradients: gradients are summed in fp32, not in the parameters' dtype.
     """
     for name in built.groups:
         module = component_module(built, name)
@@ -39,7 +40,7 @@ def wrap_for_training(built: BuiltModel, *, sharded: bool = True) -> None:
         # Every parameter of the decoder gets a gradient in every microbatch; those of the tower get none where there is no image.
         overlapped = name == LANGUAGE and built.groups[name].dp.size() > 1
         config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=sharded, overlap_grad_reduce=overlapped
+            grad_reduce_in_fp32=wide_gradients, use_distributed_optimizer=sharded, overlap_grad_reduce=overlapped
         )
         wrapped = DistributedDataParallel(built.configs[name], config, module, pg_collection=built.groups[name])
         if name == LANGUAGE:

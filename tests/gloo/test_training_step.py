@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int, dict[str, Any]]] = {
     "colocated, language dp2, images tp2 (fan-out)": (ParallelLayout(Layout(dp=2), Layout(tp=2), 2), 2, {}),
     "colocated, both dp2": (ParallelLayout(Layout(dp=2), Layout(dp=2), 2), 2, {}),
     "colocated tp2 with sequence parallel": (ParallelLayout(Layout(tp=2), Layout(tp=2), 2), 2, dict(sp=True)),
-    "colocated tp2, dp2 (fan-in), packed": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 4, dict(packing=True, sp=True)),
+    "colocated tp2, dp2 (fan-in), several samples a row": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 4, dict(sp=True)),
     "disjoint, one each": (ParallelLayout(Layout(), Layout(), 2), 2, {}),
     "disjoint, language tp2, images dp2 (fan-in)": (ParallelLayout(Layout(tp=2), Layout(dp=2, rank_offset=2), 4), 2, {}),
     "disjoint, language dp2, images dp1 (fan-out)": (ParallelLayout(Layout(dp=2), Layout(rank_offset=2), 3), 2, {}),
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int, dict[str, Any]]] = {
     "colocated, language tp2 dp2, images dp4": (ParallelLayout(Layout(tp=2, dp=2), Layout(dp=4), 4), 2, dict(sp=True)),
     "disjoint, language tp2 pp2, sequence parallel": (ParallelLayout(Layout(tp=2, pp=2), Layout(rank_offset=4), 5), 2, dict(sp=True)),
     "disjoint, images first": (ParallelLayout(Layout(tp=2, rank_offset=1), Layout(dp=1, rank_offset=0), 3), 2, {}),
-    "disjoint, pp2, packed": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 3, dict(packing=True)),
+    "disjoint, pp2, several samples a row": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 3, {}),
     "disjoint, text only": (ParallelLayout(Layout(tp=2), Layout(dp=2, rank_offset=2), 4), 2, dict(text_only=True)),
     "colocated, text only": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, dict(text_only=True)),
     "disjoint, recomputation": (ParallelLayout(Layout(), Layout(), 2), 2, dict(recompute=True)),
@@ -115,7 +115,7 @@ def _on_rank(
     built = _built(layout, config, weights, options, sharded=False)
     rows = _rows(len(samples), shares)
     table = table_of(samples, rows)
-    made = microbatches_of(built, samples, table, shares, options.get("packing", False))
+    made = microbatches_of(built, samples, table, shares)
     total = table.total(table.loss_tokens)
     loss = run_step(built, made, total, Stopwatch()).item() / total
     wanted, squares = reference_parameters(built, gradients), {}
@@ -143,7 +143,7 @@ def _built(layout: ParallelLayout, config: Any, weights: Any, options: dict[str,
 
 
 def _rows(count: int, shares: Shares) -> list[list[int]]:
-    """One sample a row, or several where packed."""
+    """One sample a row, or several where there are more samples."""
     rows = shares.global_batch_size
     return [list(range(r * count // rows, (r + 1) * count // rows)) for r in range(rows)]
 
@@ -154,7 +154,7 @@ def _sharded_norm(
     """The same with the distributed optimizer's sharded gradients."""
     built = _built(layout, config, weights, options, sharded=True)
     updates = make_optimizer(built, Optimizer(), 10)
-    made = microbatches_of(built, samples, table, shares, options.get("packing", False))
+    made = microbatches_of(built, samples, table, shares)
     run_step(built, made, total, Stopwatch())
     norm = updates.apply()
     dist.barrier()

@@ -81,9 +81,7 @@ def shares_of(layout: ResolvedLayout, microbatches: int) -> Shares:
     return Shares(layout.components["language"].dp, layout.components["images"].dp, 2, microbatches)
 
 
-def microbatches_of(
-    built: Any, samples: list[Sample], table: StepTable, shares: Shares, packing: bool = False
-) -> list[Microbatch]:
+def microbatches_of(built: Any, samples: list[Sample], table: StepTable, shares: Shares) -> list[Microbatch]:
     """This rank's microbatches of one step."""
     encoded = dict(enumerate(samples))
     pixels = {i: (s.pixel_values, s.image_grid_thw) for i, s in encoded.items() if s.pixel_values is not None}
@@ -104,7 +102,6 @@ def microbatches_of(
                 built.groups["language"].dp.rank(),
                 encoded,
                 multiple=multiple,
-                packing=packing,
             )
             one.inputs["modality_inputs"] = images
         else:

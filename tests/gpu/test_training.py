@@ -23,12 +23,11 @@ COLOCATED_FAN_IN = ParallelLayout(Layout(tp=2), Layout(dp=2), 2)
 LAYOUTS: dict[int, dict[str, tuple[ParallelLayout, dict[str, Any]]]] = {
     1: {
         "one rank": (ParallelLayout(Layout(), Layout(), 1), {}),
-        "one rank, packed": (ParallelLayout(Layout(), Layout(), 1), dict(packing=True)),
         "one rank, recomputation": (ParallelLayout(Layout(), Layout(), 1), dict(recompute=True)),
     },
     2: {
         "colocated tp2 / dp2": (COLOCATED_FAN_IN, {}),
-        "colocated tp2 / dp2, packed, sequence parallel": (COLOCATED_FAN_IN, dict(packing=True, sp=True)),
+        "colocated tp2 / dp2, sequence parallel": (COLOCATED_FAN_IN, dict(sp=True)),
         "colocated dp2 / tp2": (ParallelLayout(Layout(dp=2), Layout(tp=2), 2), {}),
         "language | images": (ParallelLayout(Layout(), Layout(rank_offset=1), 2), {}),
         "language | images, text only": (ParallelLayout(Layout(), Layout(rank_offset=1), 2), dict(text_only=True)),
@@ -108,7 +107,7 @@ def _step(built: Any, layout: ParallelLayout, options: dict[str, Any], config: A
     dp = resolved.components["language"].dp
     shares = Shares(dp, resolved.components["images"].dp, SAMPLES // MICROBATCHES // dp, MICROBATCHES)
     table = table_of(samples, [[i] for i in range(SAMPLES)])
-    made = microbatches_of(built, samples, table, shares, options.get("packing", False))
+    made = microbatches_of(built, samples, table, shares)
     total = table.total(table.loss_tokens)
     return [m.pinned().to(torch.device("cuda", torch.cuda.current_device())) for m in made], table, total
 
