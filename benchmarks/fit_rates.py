@@ -70,7 +70,7 @@ def points_of(result: dict[str, Any]) -> list[Point]:
         asked["tokens"],
         images=asked["images"],
     )
-    settings = Settings(asked["micro"], asked["recompute"] == "full", asked["sequence_parallel"])
+    settings = Settings(asked["micro"], asked["recompute"], asked["sequence_parallel"])
     tuning, points = Tuning(freeze=asked["freeze"]), []
     for one in result["layouts"].values():
         if "failed" in one:

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=768, help="pixels a side")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--recompute", choices=("full", "none"), default="none")
+    parser.add_argument("--recompute", choices=("full", "selective", "none"), default="none")
     parser.add_argument("--state", choices=("fp32", "bf16"), default="fp32", help="gradients and moments of mimo_jobs")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--freeze", choices=("none", "images"), default="none")

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--recompute", choices=("full", "none"), default="none")
+    parser.add_argument("--recompute", choices=("full", "selective", "none"), default="none")
     parser.add_argument("--state", choices=("fp32", "bf16"), default="fp32", help="gradients and moments of mimo_jobs")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--baseline", choices=("mixed", "bf16"), default="mixed")

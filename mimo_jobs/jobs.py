@@ -20,7 +20,7 @@ ModelRef = Annotated[str, "directory or hub id"]
 Dtype = Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 Mtp = Literal["keep", "drop"]
 Precision = Literal["bf16", "fp32"]
-Recompute = Literal["none", "full"]
+Recompute = Literal["none", "selective", "full"]
 Freeze = Literal["none", "language", "images"]
 
 
@@ -132,7 +132,7 @@ def sft(
         precision: of weights and activations; gradients and optimizer state are fp32
         freeze: a component that does not train
         sequence_parallel: split the decoder's activations over tp along the sequence
-        recompute: recompute activations in the backward pass instead of keeping them
+        recompute: compute activations again in the backward pass instead of keeping them; selective: those of the MLPs, the largest
         overwrite: replace target once the new one is complete
 
     Raises:
@@ -179,7 +179,7 @@ def lora(
         seed: of the order of samples, and of adapters
         precision: of weights and activations; adapters, gradients and optimizer state are fp32
         sequence_parallel: split the decoder's activations over tp along the sequence
-        recompute: recompute activations in the backward pass instead of keeping them
+        recompute: compute activations again in the backward pass instead of keeping them; selective: those of the MLPs, the largest
         overwrite: replace target once the new one is complete
 
     Raises:

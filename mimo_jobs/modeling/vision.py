@@ -4,6 +4,7 @@ Reference: ``Qwen3_5VisionModel`` in transformers. The position helpers are tran
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,6 +174,19 @@ class PatchMerger(MegatronModule):
         return self.linear_fc2(F.gelu(merged))[0]
 
 
+class BiasedMLP(MLP):
+    """``MLP`` that adds its last bias itself.
+
+    megatron-core's (0.19.2) hands it on beside its output; recomputing it then makes the parameter an output of the recomputed part,
+    which asks for itself without end.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """(patches, 1, hidden) to the same shape, and no bias."""
+        out, bias = super().forward(*args, **kwargs)
+        return out if bias is None else out + bias, None
+
+
 def vision_spec(hf: PreTrainedConfig, config: TransformerConfig, groups: ProcessGroupCollection | None) -> ModuleSpec:
     """The spec of the tower; ``groups`` is None on a rank outside the component, where it is never built."""
     return ModuleSpec(module=VisionTower, params=dict(config=config, vision=hf.vision_config, pg_collection=groups))
@@ -192,7 +206,7 @@ def _layer_spec() -> ModuleSpec:
             ),
             self_attn_bda=_BIAS_DROPOUT_ADD,
             pre_mlp_layernorm=LayerNorm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=partial(BiasedMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=_BIAS_DROPOUT_ADD,
         ),
     )

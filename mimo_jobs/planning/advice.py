@@ -44,9 +44,7 @@ def described(candidate: Candidate) -> str:
     how = candidate.settings
     more = " sequence_parallel=true" if how.sequence_parallel else ""
     where = "colocated" if candidate.layout.colocated else "on disjoint ranks"
-    return (
-        f"{' and '.join(sizes)} {where}, micro_batch_size={how.micro_batch_size} recompute={how.recompute_word}{more}"
-    )
+    return f"{' and '.join(sizes)} {where}, micro_batch_size={how.micro_batch_size} recompute={how.recompute}{more}"
 
 
 def _changes(question: Question) -> Iterator[str]:

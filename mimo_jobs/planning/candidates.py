@@ -24,7 +24,7 @@ class Pins:
 
     layout: Mapping[str, int]
     micro_batch_size: int | None = None
-    recompute: bool | None = None
+    recompute: str | None = None
     sequence_parallel: bool | None = None
 
     def size(self, component: str, field: str, default: Any = None) -> Any:

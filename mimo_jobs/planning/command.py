@@ -172,11 +172,10 @@ def ask(recipe: str, values: Mapping[str, Any], profile: Profile | None) -> Ques
     tuning = Tuning(all_values["precision"], all_values.get("freeze", "none"), _lora(recipe, values, config), state)
     arguments = _arguments(recipe, values)
     layout = {p.removeprefix("layout."): v for p, v in values.items() if p.startswith("layout.") and v is not None}
-    recompute = values.get("recompute")
     pins = Pins(
         layout,
         values.get("micro_batch_size"),
-        None if recompute is None else recompute == "full",
+        values.get("recompute"),
         values.get("sequence_parallel"),
     )
     per_node = profile.gpus_per_node if profile else console.GPUS_PER_NODE

@@ -63,8 +63,11 @@ class CostModel:
         self._matrix = rates.matrix if sizes.itemsize < 4 else rates.matrix_fp32
         self._mixing = self._matrix * rates.mixing
         self._decoder = sizes.flops.language([workload.tokens], 0)
+        d = sizes.dims
+        self._decoder_mlp = 6 * workload.tokens * d["layers"] * d["hidden"] * d["ffn"] / self._decoder.weights
         self._patches = workload.image_tokens * sizes.dims["v_merge"] ** 2
         self._tower = sizes.flops.images([self._patches // workload.images] * workload.images)
+        self._tower_mlp = 4 * self._patches * d["v_depth"] * d["v_hidden"] * d["v_ffn"] / max(1.0, self._tower.weights)
         self._stages: dict[tuple, list[Part]] = {}
         self._images: dict[tuple, Part] = {}
         self._ends: dict[tuple, tuple[float, float, float]] = {}
@@ -124,14 +127,15 @@ class CostModel:
         return self._stages[key]
 
     def _stage(self, c: Component, stage: int, layers: int, held: Held, settings: Settings) -> Part:
-        d, rows, again = self.sizes.dims, settings.micro_batch_size, int(settings.recompute)
+        d, rows = self.sizes.dims, settings.micro_batch_size
         training = self.sizes.training[LANGUAGE]
         weights, mixing = PASSES[training]
         tokens, split = rows * self.workload.tokens, c.tp if settings.sequence_parallel else 1
         speed = self._speed(self.rates.language_ceiling, tokens, d["hidden"], d["ffn"] / c.tp)
         forward = self._decoder
+        again, mixed_again = _again(settings, self._decoder_mlp)
         products = rows * (
-            forward.weights * (weights + again) / speed + forward.mixing * (mixing + again) / self._mixing
+            forward.weights * (weights + again) / speed + forward.mixing * (mixing + mixed_again) / self._mixing
         )
         inside = max(d["q_and_gate"] + 2 * d["kv"] + 2 * d["q"], d["gdn_qkv"] * 2 + 3 * d["gdn_value"]) + 3 * d["ffn"]
         values = tokens * (4 * d["hidden"] / split + inside / c.tp)
@@ -143,10 +147,11 @@ class CostModel:
             device += self._traffic(3 * scored * d["vocab"] / c.tp, 1)
         size = tokens * d["hidden"] * self.sizes.itemsize
         gathered = training == "trained" and settings.sequence_parallel
-        exchanged = layers * self._layer_exchange(c.tp, size, 2 + again, settings.sequence_parallel, gathered)
+        blocks, _ = _again(settings, 0.5)  # of the two of a layer, the MLP
+        exchanged = layers * self._layer_exchange(c.tp, size, 2 + blocks, settings.sequence_parallel, gathered)
         neighbours = (stage > 0) + (stage < c.pp - 1)
         messages = 2 * neighbours * self._message(size / split, c.size > self.gpus_per_node)
-        launching = layers * self.rates.launch * (2 + again)
+        launching = layers * self.rates.launch * (2 + blocks)
         return Part(max(device + exchanged, launching) - exchanged, exchanged + messages)
 
     def _tower_part(self, c: Component, rows: int, settings: Settings) -> Part:
@@ -163,16 +168,16 @@ class CostModel:
         d, training = self.sizes.dims, self.sizes.training[IMAGES]
         weights, mixing = PASSES[training]
         trains = training != "frozen"
-        again = int(settings.recompute and trains)
+        again, mixed_again = _again(settings, self._tower_mlp) if trains else (0.0, 0.0)
         speed = self._speed(self.rates.images_ceiling, patches, d["v_hidden"], d["v_ffn"] / c.tp)
         forward = self._tower
         products = rows * (
-            forward.weights * (weights + again) / speed + forward.mixing * (mixing + again) / self._mixing
+            forward.weights * (weights + again) / speed + forward.mixing * (mixing + mixed_again) / self._mixing
         )
         values = patches * d["v_depth"] * (4 * d["v_hidden"] + (4 * d["v_hidden"] + 2 * d["v_ffn"]) / c.tp)
         device = products / c.tp + self._traffic(values, (3 if trains else 1) + again)
         device += self._gradients(self.sizes.held(IMAGES, c.tp, 1)[0])
-        passes = 1 + trains + again
+        passes = 1 + trains + (_again(settings, 0.5)[0] if trains else 0)
         size = patches * d["v_hidden"] * self.sizes.itemsize
         exchanged = d["v_depth"] * self._layer_exchange(c.tp, size, passes, False, False)
         launching = d["v_depth"] * self.rates.launch * passes
@@ -184,7 +189,7 @@ class CostModel:
         filled = max(tokens, 1) / (tokens + self.rates.half_tokens) * both / (both + self.rates.half_width)
         return self._matrix * ceiling * filled
 
-    def _traffic(self, values: float, passes: int) -> float:
+    def _traffic(self, values: float, passes: float) -> float:
         """What a layer computes (`training.memory`) is written and read once in the forward pass, twice in the backward pass."""
         return 2 * values * self.sizes.itemsize * passes / self.rates.hbm
 
@@ -201,7 +206,7 @@ class CostModel:
         slowest = self.rates.nvlink if near >= size else min(self.rates.nvlink, self.rates.network * near)
         return slowest * self.rates.links
 
-    def _layer_exchange(self, tp: int, size: float, passes: int, sequence_parallel: bool, gathered: bool) -> float:
+    def _layer_exchange(self, tp: int, size: float, passes: float, sequence_parallel: bool, gathered: bool) -> float:
         """Tensor parallelism: a ring all-reduce of two tensors of ``size`` bytes in each pass over a layer.
 
         Sequence parallelism halves each to a reduce-scatter and an all-gather.
@@ -259,5 +264,10 @@ class CostModel:
 
     def _backward(self, stage: Part, settings: Settings) -> float:
         """Of a microbatch, the seconds of the backward pass: the last one's hide the reduction of the language's gradients."""
-        weights, again = PASSES[self.sizes.training[LANGUAGE]][0], int(settings.recompute)
+        weights, again = PASSES[self.sizes.training[LANGUAGE]][0], _again(settings, self._decoder_mlp)[0]
         return stage.work * (weights - 1 + again) / (weights + again)
+
+
+def _again(settings: Settings, mlp: float) -> tuple[float, float]:
+    """How often products with weights, and what mixes tokens, are computed again, if a share ``mlp`` of the former is of the MLPs."""
+    return {"none": (0.0, 0.0), "selective": (mlp, 0.0), "full": (1.0, 1.0)}[settings.recompute]

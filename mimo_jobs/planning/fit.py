@@ -194,7 +194,7 @@ def table(points: Sequence[Point], rates: Rates) -> str:
     ]
     for one in compare(points, rates):
         how, peaks = one.point.settings, one.peaks.values()
-        settings = f"{how.micro_batch_size} x {one.point.workload.tokens}, recompute {how.recompute_word}" + (
+        settings = f"{how.micro_batch_size} x {one.point.workload.tokens}, recompute {how.recompute}" + (
             ", SP" if how.sequence_parallel else ""
         )
         predicted, measured = one.tokens_per_second

@@ -136,7 +136,7 @@ def _settings(question: Question, layout: ResolvedLayout) -> tuple[list[Settings
         except UsageError as error:
             why = why or str(error)
             continue
-        found += [Settings(size, pins.recompute is not False, s) for s in split]
+        found += [Settings(size, pins.recompute or "full", s) for s in split]
     return found, why
 
 
@@ -160,8 +160,8 @@ def _fastest(
 def _fitting(
     question: Question, sizes: Sizes, layout: ResolvedLayout, settings: Settings, found: Found
 ) -> Candidate | None:
-    """The candidate if it fits: without recomputation, which is faster, where that is free and fits, too."""
-    for recompute in (False, True) if question.pins.recompute is None else (settings.recompute,):
+    """The candidate if it fits: with as little recomputation, which is faster, as that is free and fits."""
+    for recompute in ("none", "selective", "full") if question.pins.recompute is None else (settings.recompute,):
         tried = Settings(settings.micro_batch_size, recompute, settings.sequence_parallel)
         one = Candidate(layout, tried, sizes.memory(layout, tried, question.workload.max_length))
         needed = one.needed

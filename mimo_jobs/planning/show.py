@@ -49,7 +49,7 @@ def layouts_table(question: Question, best: Sequence[Planned]) -> Table:
         ranks = f"{one.layout.world_size} colocated" if one.layout.colocated else f"{language.size} + {images.size}"
         table.add_row(
             str(place), f"{float(f'{speed(question, one):.3g}'):,.0f}", _seconds(one.estimate.seconds), _sizes(language), _sizes(images), ranks,
-            str(one.settings.micro_batch_size), one.settings.recompute_word, "yes" if one.settings.sequence_parallel else "no",
+            str(one.settings.micro_batch_size), one.settings.recompute, "yes" if one.settings.sequence_parallel else "no",
         )  # fmt: skip
     return table
 
@@ -138,7 +138,7 @@ def command(
             chosen[f"layout.{name}.rank_offset"] = 0
     chosen |= {
         "micro_batch_size": how.micro_batch_size,
-        "recompute": how.recompute_word,
+        "recompute": how.recompute,
         "sequence_parallel": how.sequence_parallel,
     }
     given = {"source": values["model"], "data": values.get("data", "DATA"), "target": values.get("target", "TARGET")}
@@ -180,7 +180,7 @@ def _plain(question: Question, plan: Planned) -> dict[str, Any]:
     taken = peaks(plan, question.rates)
     return {
         "layout": plan.layout.as_layout(), "world_size": plan.layout.world_size, "colocated": plan.layout.colocated,
-        "micro_batch_size": plan.settings.micro_batch_size, "recompute": plan.settings.recompute_word,
+        "micro_batch_size": plan.settings.micro_batch_size, "recompute": plan.settings.recompute,
         "sequence_parallel": plan.settings.sequence_parallel, "microbatches": plan.estimate.microbatches,
         "tokens_per_second_per_gpu": speed(question, plan), "step_seconds": plan.estimate.seconds, "seconds": plan.estimate.parts,
         "memory": {n: dataclasses.asdict(m) | {"total": m.total} for n, m in plan.memory.items()},

@@ -45,13 +45,8 @@ class Tuning:
 
 
 class Settings(NamedTuple):
-    """How a microbatch is computed; see `jobs.sft`. ``recompute``: all activations are computed again in the backward pass."""
+    """How a microbatch is computed; see `jobs.sft`. ``recompute``: as it is typed."""
 
     micro_batch_size: int
-    recompute: bool
+    recompute: str
     sequence_parallel: bool
-
-    @property
-    def recompute_word(self) -> str:
-        """As it is typed."""
-        return "full" if self.recompute else "none"

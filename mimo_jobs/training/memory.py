@@ -55,11 +55,12 @@ def state(elements: int, trained: int, adapters: int, dp: int, itemsize: int, na
 
 def activations(
     config: Mapping[str, Any], layout: ResolvedLayout, *, micro_batch_size: int, max_length: int, itemsize: int,
-    recompute: bool, sequence_parallel: bool, images_train: bool = True, head_trains: bool = True,
+    recompute: str, sequence_parallel: bool, images_train: bool = True, head_trains: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Component -> bytes of activations of a rank at the worst moment of a step.
 
-    With recomputation a layer keeps its input alone, and one layer at a time has everything. Without it every layer does. Stage s of a
+    With full recomputation a layer keeps its input alone, and one layer at a time has everything. Without it every layer does; selective
+    recomputation keeps all but what is inside the MLP. Stage s of a
     pipeline of p stages has p - s micro-batches under way, so the first one keeps most. The head is on the last stage: a block of logits
     (`modeling.loss`: in the weights' dtype, in fp32, and their gradient), and the gradient of its weight in fp32 and in its dtype.
 
@@ -71,7 +72,9 @@ def activations(
     tokens = micro_batch_size * max_length
     inputs = tokens * d["hidden"] * itemsize // (language.tp if sequence_parallel else 1)
     mixer = max(d["q_and_gate"] + 2 * d["kv"] + 2 * d["q"], d["gdn_qkv"] * 2 + 3 * d["gdn_value"])
-    inside = 4 * inputs + tokens * itemsize * (mixer + 3 * d["ffn"]) // language.tp
+    mlp = tokens * itemsize * 3 * d["ffn"] // language.tp
+    inside = 4 * inputs + tokens * itemsize * mixer // language.tp + mlp
+    a_layer = {"none": inside, "selective": inside - mlp, "full": inputs}[recompute]
     vocab = -(-d["vocab"] // language.tp)
     head = min(tokens * vocab * (itemsize + 4 + itemsize), HEAD_BLOCK_BYTES)
     if head_trains:
@@ -79,15 +82,16 @@ def activations(
     stages = []
     for stage, layers in enumerate(stage_layers(d["layers"], language.pp)):
         under_way = language.pp - stage
-        kept = len(layers) * under_way * (inputs if recompute else inside)
+        kept = len(layers) * under_way * a_layer
         stages.append(kept + BACKWARD * inside + (head if stage == language.pp - 1 else 0))
     # Image tokens of the samples that one replica of the images component works on, each merge^2 patches.
     patches = tokens * language.dp // images.dp * d["v_merge"] ** 2
     v_inputs = patches * d["v_hidden"] * itemsize
-    v_inside = 4 * v_inputs + patches * itemsize * (4 * d["v_hidden"] + 2 * d["v_ffn"]) // images.tp
+    v_mlp = patches * itemsize * 2 * d["v_ffn"] // images.tp
+    v_inside = 4 * v_inputs + patches * itemsize * 4 * d["v_hidden"] // images.tp + v_mlp
     if not images_train:  # nothing is kept for a backward pass
         return {LANGUAGE: max(stages), IMAGES: v_inside + patches * d["v_patch"] * itemsize}
-    kept = d["v_depth"] * (v_inputs if recompute else v_inside)
+    kept = d["v_depth"] * {"none": v_inside, "selective": v_inside - v_mlp, "full": v_inputs}[recompute]
     merged = BACKWARD * patches * (d["v_patch"] + d["v_hidden"]) * itemsize
     # On ranks of their own the images are the first stage of a pipeline, before the language's.
     under_way = 1 if layout.colocated else language.pp + 1

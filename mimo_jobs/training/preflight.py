@@ -227,7 +227,7 @@ def _memory(
     own = _adapter_elements(made, lora)
     kept = memory.activations(
         made.config, layout, micro_batch_size=arguments["micro_batch_size"], max_length=arguments["dataset"].max_length,
-        itemsize=itemsize, recompute=arguments["recompute"] == "full", sequence_parallel=arguments["sequence_parallel"],
+        itemsize=itemsize, recompute=arguments["recompute"], sequence_parallel=arguments["sequence_parallel"],
         images_train=bool(own.get(IMAGES)) if lora else frozen != IMAGES, head_trains=lora is None and frozen != LANGUAGE,
     )  # fmt: skip
     found = {}

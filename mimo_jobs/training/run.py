@@ -48,6 +48,7 @@ from mimo_jobs.weights.adapters import projections, targeted
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["mlp"]),
     "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 }
 

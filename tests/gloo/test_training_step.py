@@ -13,6 +13,7 @@ from mimo_jobs.modeling.build import BuiltModel, build
 from mimo_jobs.training.batches import Shares
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.optimizer import make_optimizer
+from mimo_jobs.training.run import RECOMPUTE
 from mimo_jobs.training.step import component_module, run_step, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
 from tests.gloo.batches import tiny
@@ -43,7 +44,8 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int, dict[str, Any]]] = {
     "disjoint, pp2, several samples a row": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 3, {}),
     "disjoint, text only": (ParallelLayout(Layout(tp=2), Layout(dp=2, rank_offset=2), 4), 2, dict(text_only=True)),
     "colocated, text only": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, dict(text_only=True)),
-    "disjoint, recomputation": (ParallelLayout(Layout(), Layout(), 2), 2, dict(recompute=True)),
+    "disjoint, recomputation": (ParallelLayout(Layout(), Layout(), 2), 2, dict(recompute="full")),
+    "colocated tp2, recomputation of the MLPs": (ParallelLayout(Layout(tp=2), Layout(tp=2), 2), 2, dict(recompute="selective")),
     "colocated, images frozen": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, dict(frozen="images")),
     "disjoint, images frozen": (ParallelLayout(Layout(), Layout(), 2), 2, dict(frozen="images")),
     "disjoint, language frozen": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 2, dict(frozen="language")),
@@ -128,12 +130,11 @@ def _on_rank(
 
 
 def _built(layout: ParallelLayout, config: Any, weights: Any, options: dict[str, Any], *, sharded: bool) -> BuiltModel:
-    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     built = build(
         config,
         layout.resolve(),
         sequence_parallel=options.get("sp", False),
-        overrides={"language": recompute, "images": recompute} if options.get("recompute") else None,
+        overrides=dict.fromkeys(("language", "images"), RECOMPUTE[options.get("recompute", "none")]),
     )
     load_reference(built, weights)
     if (frozen := options.get("frozen")) in built.groups:

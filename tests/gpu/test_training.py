@@ -23,7 +23,8 @@ COLOCATED_FAN_IN = ParallelLayout(Layout(tp=2), Layout(dp=2), 2)
 LAYOUTS: dict[int, dict[str, tuple[ParallelLayout, dict[str, Any]]]] = {
     1: {
         "one rank": (ParallelLayout(Layout(), Layout(), 1), {}),
-        "one rank, recomputation": (ParallelLayout(Layout(), Layout(), 1), dict(recompute=True)),
+        "one rank, recomputation of the MLPs": (ParallelLayout(Layout(), Layout(), 1), dict(recompute="selective")),
+        "one rank, recomputation": (ParallelLayout(Layout(), Layout(), 1), dict(recompute="full")),
     },
     2: {
         "colocated tp2 / dp2": (COLOCATED_FAN_IN, {}),
@@ -83,11 +84,11 @@ def _rank(rank: int, world: int, first: int, port: int, work: Path) -> None:
 
 def _made(layout: ParallelLayout, options: dict[str, Any], wanted: Any, dtype: torch.dtype, sharded: bool) -> Any:
     from mimo_jobs.modeling.build import build
+    from mimo_jobs.training.run import RECOMPUTE
     from mimo_jobs.training.step import component_module, wrap_for_training
     from tests.gloo.reference_weights import load_reference
 
-    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    overrides = {"language": recompute, "images": recompute} if options.get("recompute") else None
+    overrides = dict.fromkeys(("language", "images"), RECOMPUTE[options.get("recompute", "none")])
     built = build(
         wanted["config"], layout.resolve(), dtype=dtype, sequence_parallel=options.get("sp", False), overrides=overrides
     )

@@ -34,13 +34,13 @@ def points(rates: Rates, noise: float = 0.0) -> list[fit.Point]:
     random.seed(3)
     found = []
     for shape, layout, rows, tokens, image, recompute in (
-        ("0.8B", "layout.language.rank_offset=0 layout.images.rank_offset=0", 4, 2048, 576, True),
-        ("0.8B", "layout.language.rank_offset=0 layout.images.rank_offset=0", 1, 256, 64, False),
-        ("0.8B", "layout.language.tp=2 layout.images.tp=1", 4, 1024, 1000, False),
-        ("0.8B", "layout.language.tp=1 layout.images.tp=1", 8, 2048, 2000, True),
-        ("9B", "layout.language.tp=4 layout.images.tp=4", 2, 2048, 576, True),
-        ("9B", "layout.language.tp=2 layout.language.pp=2 layout.images.tp=2 layout.images.dp=1", 1, 4096, 576, True),
-        ("9B", "layout.language.tp=8 layout.language.rank_offset=0 layout.images.rank_offset=0", 8, 1024, 64, False),
+        ("0.8B", "layout.language.rank_offset=0 layout.images.rank_offset=0", 4, 2048, 576, "full"),
+        ("0.8B", "layout.language.rank_offset=0 layout.images.rank_offset=0", 1, 256, 64, "none"),
+        ("0.8B", "layout.language.tp=2 layout.images.tp=1", 4, 1024, 1000, "none"),
+        ("0.8B", "layout.language.tp=1 layout.images.tp=1", 8, 2048, 2000, "full"),
+        ("9B", "layout.language.tp=4 layout.images.tp=4", 2, 2048, 576, "full"),
+        ("9B", "layout.language.tp=2 layout.language.pp=2 layout.images.tp=2 layout.images.dp=1", 1, 4096, 576, "full"),
+        ("9B", "layout.language.tp=8 layout.language.rank_offset=0 layout.images.rank_offset=0", 8, 1024, 64, "none"),
     ):
         point = fit.Point(
             shape, layout, Workload(tokens, image, tokens - image, 32, tokens), Settings(rows, recompute, False), 1.0
@@ -118,7 +118,7 @@ def test_what_was_learnt_is_kept_for_its_card(tmp_path, monkeypatch):
 
 
 def test_a_point_with_a_layout_that_is_none_is_refused():
-    point = fit.Point("0.8B", "layout.language.tp=3", Workload(8, 0, 8, 1, 8), Settings(1, False, False), 1.0)
+    point = fit.Point("0.8B", "layout.language.tp=3", Workload(8, 0, 8, 1, 8), Settings(1, "none", False), 1.0)
     with pytest.raises(UserError, match="does not divide"):
         fit.Prepared(point)
     assert fit.layout_of("layout.language.tp=2 layout.world_size=4").world_size == 4

@@ -221,7 +221,7 @@ def test_checkpoints_on_another_disk_make_no_room_for_the_target(inputs, tmp_pat
 
 
 def of_published(size, layout, **settings):
-    given = dict(micro_batch_size=1, max_length=4096, itemsize=2, recompute=True, sequence_parallel=False)
+    given = dict(micro_batch_size=1, max_length=4096, itemsize=2, recompute="full", sequence_parallel=False)
     return memory.activations(published(*PUBLISHED[size]), as_layout(layout).resolve(), **(given | settings))
 
 
@@ -229,14 +229,14 @@ def test_activations_grow_and_shrink_with_what_they_are_made_of():
     apart = {"language": {"tp": 2}, "images": {"tp": 2}}
     base = of_published("9B", apart)
     for settings, more in (
-        ({"micro_batch_size": 2}, True), ({"max_length": 8192}, True), ({"recompute": False}, True), ({"sequence_parallel": True}, False),
+        ({"micro_batch_size": 2}, True), ({"max_length": 8192}, True), ({"recompute": "none"}, True), ({"recompute": "selective"}, True), ({"sequence_parallel": True}, False),
         ({"itemsize": 4}, True),
     ):  # fmt: skip
         other = of_published("9B", apart, **settings)
         assert (other["language"] > base["language"]) is more, settings
     assert of_published("9B", {"language": {"tp": 4}, "images": {"tp": 2}})["language"] < base["language"]
     assert of_published("9B", apart, images_train=False)["images"] < base["images"]
-    assert of_published("9B", apart, recompute=False)["language"] > 2 * base["language"]
+    assert of_published("9B", apart, recompute="none")["language"] > 2 * base["language"]
     assert of_published("9B", apart, head_trains=False)["language"] < base["language"]
 
 
