@@ -110,6 +110,8 @@ def measured(run: Callable[..., tuple[Callable[[], float], Any]], options: argpa
         [patches] * options.rows
     )
     peak = torch.cuda.max_memory_allocated() if cuda else 0
+    reserved = torch.cuda.memory_reserved() if cuda else 0
+    free, whole = torch.cuda.mem_get_info() if cuda else (0, 0)
     profile = where_time_goes(step) if options.profile and options.side == "mimo_jobs" else None
     median, rate = statistics.median(seconds[options.warmup :]), matrix_rate() if cuda else None
     products = flops.Work(
@@ -121,6 +123,7 @@ def measured(run: Callable[..., tuple[Callable[[], float], Any]], options: argpa
         "mfu_6nd_of_matrix_rate": round(products.passes("trained") / median / rate, 4) if rate else None,
         "matrix_tflops": round(rate / 1e12, 1) if rate else None,
         "peak_gb": round(peak / 1e9, 2) if cuda else None, "profile": profile,
+        "outside_of_pytorch_gb": round((whole - free - reserved) / 1e9, 2) if cuda else None,
     }  # fmt: skip
 
 

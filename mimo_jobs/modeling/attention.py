@@ -30,7 +30,10 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 @dataclass
 class Packed(PackedSeqParams):
-    """Sequences one behind the other, each attended to for itself.
+    """Sequences one behind the other in a batch of one, each attended to for itself.
+
+    ``qkv_format`` is not ``thd``: megatron-core (0.19.2, rope_utils.py) would ask the device for every length, in every layer, to find the
+    angles of each token. Here these are given token by token.
 
     Attributes:
         lengths: of the sequences, on the host: nobody has to ask a device for them.
@@ -42,7 +45,9 @@ class Packed(PackedSeqParams):
     def of(cls, lengths: Sequence[int]) -> "Packed":
         """From the lengths, in order."""
         bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-        return cls("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths))
+        return cls(
+            "sbhd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths)
+        )
 
     @cached_property
     def host_bounds(self) -> Tensor:
@@ -83,17 +88,18 @@ class ScaledDotProductAttention(MegatronModule):
         """Attend; masks other than causal are not needed (right-padded batches) and are ignored.
 
         Args:
-            query: (seq, batch, heads, head_dim), or (tokens, heads, head_dim) with packed_seq_params.
+            query: (seq, batch, heads, head_dim); batch 1 with packed_seq_params.
             key: the same with kv heads.
             value: the same with kv heads.
 
         Returns:
-            (seq, batch, heads * head_dim), or (tokens, heads * head_dim), in query's dtype.
+            (seq, batch, heads * head_dim), in query's dtype.
         """
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         if packed_seq_params is not None:
             assert isinstance(packed_seq_params, Packed)
-            return self._attend_packed(query, key, value, causal, packed_seq_params).flatten(-2)
+            q, k, v = (t.squeeze(1) for t in (query, key, value))
+            return self._attend_packed(q, k, v, causal, packed_seq_params).flatten(-2)[:, None]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # batch, heads, seq, head_dim
         return self._attend(q, k, v, causal).permute(2, 0, 1, 3).flatten(-2)
 
@@ -180,7 +186,7 @@ class GatedDeltaNet(McoreGatedDeltaNet):
         packed_seq_params: Packed | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix along the sequence, from the left; packed samples (thd) do not see one another.
+        """Mix along the sequence, from the left; packed samples do not see one another.
 
         Args:
             hidden_states: (seq / tp under sequence parallelism, batch, hidden).

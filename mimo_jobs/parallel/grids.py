@@ -4,6 +4,9 @@
 calls `build_grids` with the same layout, also for components that it is not in.
 """
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +39,36 @@ def build_grids(layout: ResolvedLayout) -> Grids:
     if dist.get_world_size() != layout.world_size:
         raise UsageError(f"layout needs {layout.world_size} ranks, the job has {dist.get_world_size()}")
     grids, groups = {}, {}
-    for name, component in layout.components.items():
-        grid = _make_grid(component)
-        embedding = _embedding_groups(grid)
-        if dist.get_rank() in component.ranks:
-            groups[name] = _collect(grid, *embedding)
-        grids[name] = grid
+    with _same_ranks_once():
+        for name, component in layout.components.items():
+            grid = _make_grid(component)
+            embedding = _embedding_groups(grid)
+            if dist.get_rank() in component.ranks:
+                groups[name] = _collect(grid, *embedding)
+            grids[name] = grid
     return Grids(grids, groups)
+
+
+@contextmanager
+def _same_ranks_once() -> Iterator[None]:
+    """Dimensions that are spread over the same ranks share groups: with tp=cp=pp=1 alone there are a dozen of one rank each.
+
+    Every NCCL communicator costs time to start and memory of the GPU, also one of one rank.
+    """
+    create, made = dist.new_subgroups_by_enumeration, {}
+
+    @functools.wraps(create)
+    def created(ranks: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        key = tuple(map(tuple, ranks))
+        if key not in made:
+            made[key] = create(ranks, *args, **kwargs)
+        return made[key]
+
+    dist.new_subgroups_by_enumeration = created
+    try:
+        yield
+    finally:
+        dist.new_subgroups_by_enumeration = create
 
 
 def _make_grid(component: Component) -> HyperCommGrid:
