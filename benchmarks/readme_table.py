@@ -1,7 +1,8 @@
-"""The tables of speed, from benchmarks/results: ``python -m benchmarks.readme_table`` writes them into README.md and docs/slurm.md."""
+"""The tables of speed, from benchmarks/results: ``python -m benchmarks.readme_table`` writes them into README.md and docs."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- speed: python -m benchmarks.readme_table -->", "<!-- end of speed -->"
@@ -48,18 +49,79 @@ def submission_table() -> str:
     )
 
 
-TABLES = {
-    "README.md": (START, END, table),
-    "docs/slurm.md": (
+def scale_table() -> str:
+    """The markdown of README.md: a whole published size."""
+    found = json.loads((ROOT / "benchmarks/results/scale.json").read_text())
+    lines = [
+        f"| {found['shape'].upper()}, {found['bytes'] / 1e9:.1f} GB in {found['files']} files | s | x `cp` + `sync` | RssAnon a rank |",
+        "|---|---|---|---|",
+    ]
+    for row in found["repetitions"]:
+        lines.append(f"| `cp` + `sync` of the same files | {row['cp_sync_seconds']:.1f} | 1 | |")
+        for phase, layout in (
+            ("import", "language and images on ranks of their own"),
+            ("export", "of it, to a layout with both on all ranks"),
+        ):
+            one, most = row[phase], max(row[phase]["rss_anon_bytes"]) / 1e6
+            lines.append(
+                f"| {phase}, {row['ranks']} ranks, {layout} | {one['seconds']:.1f} | {one['x_cp']:.2f} | {most:.0f} MB |"
+            )
+        equal = f"{row['tensors']}/{row['tensors']} tensors bit-exact" if row["equal"] else "tensors differ"
+        lines.append(f"| verify: {equal} | {row['verify_seconds']:.1f} | | |")
+    return "\n".join(lines)
+
+
+def training_table() -> str:
+    """The markdown of docs/training.md: steps on one GPU beside transformers', peak memory beside what is predicted."""
+    lines = [
+        "| shape, batch | transformers, tokens/s | mimo_jobs, tokens/s | ratio | 6ND of the matrix rate | peak GB: measured, predicted |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted((ROOT / "benchmarks/results").glob("training_[0-9]*.json")):
+        found = json.loads(path.read_text())
+        asked, (theirs, ours) = found["settings"], (found["runs"][side][-1] for side in ("transformers", "mimo_jobs"))
+        lines.append(
+            f"| {asked['shape'].upper()}, {asked['rows']} x {asked['tokens']} | {theirs['tokens_per_second']:.0f} | {ours['tokens_per_second']:.0f} | "
+            f"{found['ratio']:.2f} | {ours['mfu_6nd_of_matrix_rate']:.3f} | {ours['peak_gb']:.1f}, {predicted(asked) / 1e9:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def predicted(asked: dict[str, Any]) -> int:
+    """Bytes that `training.memory` says of a benchmark's settings, both components on one rank."""
+    from mimo_jobs.layout import ComponentLayout, ParallelLayout
+    from mimo_jobs.planning.fit import published_config
+    from mimo_jobs.planning.sizes import Sizes
+    from mimo_jobs.planning.workload import Settings, Tuning
+
+    config = published_config(asked["shape"])
+    side = asked["image"] // config["vision_config"]["patch_size"] // config["vision_config"]["spatial_merge_size"]
+    sizes = Sizes(config, Tuning(state=asked.get("state", "fp32")))
+    layout = ParallelLayout(ComponentLayout(rank_offset=0), ComponentLayout(rank_offset=0), 1).resolve()
+    found = sizes.memory(layout, Settings(asked["rows"], asked["recompute"], False), asked["tokens"], side**2)
+    return sum(one.total for one in found.values())
+
+
+TABLES = (
+    ("README.md", START, END, table),
+    ("README.md", "<!-- scale: python -m benchmarks.scale -->", "<!-- end of scale -->", scale_table),
+    (
+        "docs/slurm.md",
         "<!-- submission: python -m benchmarks.submission -->",
         "<!-- end of submission -->",
         submission_table,
     ),
-}
+    (
+        "docs/training.md",
+        "<!-- training: python -m benchmarks.readme_table -->",
+        "<!-- end of training -->",
+        training_table,
+    ),
+)
 
 
 def main() -> None:
-    for name, (start, end, made) in TABLES.items():
+    for name, start, end, made in TABLES:
         path = ROOT / name
         before, rest = path.read_text().split(start)
         path.write_text(f"{before}{start}\n{made()}\n{end}{rest.split(end)[1]}")
