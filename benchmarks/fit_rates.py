@@ -73,7 +73,7 @@ def points_of(result: dict[str, Any]) -> list[Point]:
     settings = Settings(asked["micro"], asked["recompute"], asked["sequence_parallel"])
     tuning, points = Tuning(freeze=asked["freeze"]), []
     for one in result["layouts"].values():
-        if "failed" in one:
+        if "failed" in one or one["language"] is None:  # transformers
             continue
         words = [
             f"layout.{name}.{field}={size}" for name in ("language", "images") for field, size in one[name].items()

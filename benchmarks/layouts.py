@@ -3,6 +3,7 @@
     python -m benchmarks.layouts --shape 0.8b --gpus 2 --rows 8 --tokens 2048 --images 1 --image 768
     python -m benchmarks.layouts --shape tiny --gpus 2 --rows 4 --tokens 128 --image 32 --steps 2 --output /tmp/look.json     # anywhere
 
+``transformers`` among the layouts is its own model under FSDP2 (`benchmarks.baseline`), first, where more than one GPU is asked.
 Homogeneous layouts have language and images on the same ranks, cut alike; heterogeneous ones do not. A step is a global batch of
 ``--rows`` samples of ``--tokens`` tokens with ``--images`` square images each, with optimizer; its time is the median after the
 warm-up, of the slowest rank. Losses of all layouts stand beside each other: it is the same training. Each rank tells the seconds of a
@@ -25,6 +26,7 @@ from typing import Any
 from benchmarks.commit import commit
 from benchmarks.training import RESULTS, ROOT, loss_tokens, make_model, matrix_rate, samples_of, versions
 
+BASELINE = "transformers"
 # Words as recipes have them, by number of GPUs; language, then images.
 LAYOUTS: dict[int, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
     1: {"one": ({}, {})},
@@ -65,7 +67,7 @@ def main() -> None:
     if options.one:
         spawn(options)
         return
-    known = LAYOUTS[options.gpus]
+    known = [BASELINE] * (options.gpus > 1) + list(LAYOUTS[options.gpus])
     if unknown := set(options.layouts or ()) - set(known):
         parser.error(f"--layouts: {', '.join(sorted(unknown))} not among {', '.join(known)}")
     found = {}
@@ -114,7 +116,7 @@ def rank(number: int, options: argparse.Namespace, port: int) -> None:
         torch.cuda.set_device(number)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=address, rank=number, world_size=options.gpus)
-    step, built, config, watch = prepared(options)
+    step, components, config, watch = baseline(options) if options.one == BASELINE else prepared(options)
     losses, seconds = [], []
     for i in range(options.warmup + options.steps):
         if i == options.warmup:
@@ -126,7 +128,7 @@ def rank(number: int, options: argparse.Namespace, port: int) -> None:
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     rate = matrix_rate() if cuda else None
     mine = {
-        "components": list(built.groups),
+        "components": components,
         "losses": losses,
         "seconds": seconds[options.warmup :],
         "parts": parts,
@@ -148,7 +150,7 @@ def rank(number: int, options: argparse.Namespace, port: int) -> None:
 def told(
     all_of: list[Any], options: argparse.Namespace, median: float, total: float, rate: float | None
 ) -> dict[str, Any]:
-    language, images = LAYOUTS[options.gpus][options.one]
+    language, images = LAYOUTS[options.gpus].get(options.one, (None, None))
     speed = options.rows * options.tokens / median
     return {
         "language": language, "images": images, "losses": [round(sum(s), 5) for s in zip(*(one["losses"] for one in all_of), strict=True)],
@@ -162,8 +164,17 @@ def told(
     }  # fmt: skip
 
 
-def prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any]:
-    """A step of this rank; what was built; config.json; the stopwatch."""
+def baseline(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any], Any]:
+    """As `prepared`, of transformers."""
+    from benchmarks.baseline import sharded
+    from mimo_jobs.training.stopwatch import Stopwatch
+
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    return sharded(options, samples_of(config, options)), [BASELINE], config, Stopwatch()
+
+
+def prepared(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any], Any]:
+    """A step of this rank; its components; config.json; the stopwatch."""
     import torch
 
     from mimo_jobs.conversion.fill import fill_model
@@ -210,7 +221,7 @@ def prepared(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any
             norm = updates.apply()
         return torch.stack([loss.float(), norm]).tolist()[0] / total
 
-    return step, built, config, watch
+    return step, list(built.groups), config, watch
 
 
 def write(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
