@@ -98,6 +98,7 @@ TRAINING = ("sft", "lora")
 _ELSEWHERE = ("source", "data", "target", "layout", "validation", "saving", "logging", "stop", "overwrite")
 _SPEED = ("micro_batch_size", "sequence_parallel", "recompute")
 _SPEED_OF_DATA = ("workers", "prefetch")
+_MEMORY_OF_OPTIMIZER = ("state",)
 
 
 def of_training(job: str, source: str, rules_version: int, arguments: Mapping[str, Any]) -> Identity:
@@ -111,6 +112,7 @@ def of_training(job: str, source: str, rules_version: int, arguments: Mapping[st
     """
     settings = {n: _plain(v) for n, v in arguments.items() if n not in (*_ELSEWHERE, *_SPEED)}
     settings["dataset"] = {n: v for n, v in settings["dataset"].items() if n not in _SPEED_OF_DATA}
+    settings["optimizer"] = {n: v for n, v in settings["optimizer"].items() if n not in _MEMORY_OF_OPTIMIZER}
     if adapter := settings.get("lora", {}).get("adapter"):
         settings["lora"] = {**settings["lora"], "adapter": of_adapter(Path(adapter))}
     return {"job": job, "rules": rules_version, "source": source, "data": of_data(arguments["data"]), **settings}

@@ -99,7 +99,7 @@ def _losses(logits: Tensor, labels: Tensor, there: int, group: dist.ProcessGroup
         logits: (n, own rows of the padded vocabulary), of which ``there`` are tokens.
         labels: relative to this rank's first row; outside of ``[0, there)`` another rank has it.
     """
-    if there and kernels.take(logits):
+    if kernels.take(logits):
         return _fused_losses(logits, labels, there, group), logits
     logits[:, there:] = float("-inf")
     losses, gradient = _plain_losses(logits.float(), labels, there, group)
@@ -108,14 +108,19 @@ def _losses(logits: Tensor, labels: Tensor, there: int, group: dist.ProcessGroup
 
 def _fused_losses(logits: Tensor, labels: Tensor, there: int, group: dist.ProcessGroup) -> Tensor:
     tokens = logits[:, :there]
-    log_sums, predicted = kernels.cross_entropy(tokens, labels)
+    if there:
+        log_sums, predicted = kernels.cross_entropy(tokens, labels)
+    else:  # nothing but padding
+        predicted = torch.zeros(len(logits), device=logits.device)
+        log_sums = torch.full_like(predicted, float("-inf"))
     if group.size() > 1:
         highest = log_sums.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)
         both = torch.stack([predicted, (log_sums - highest).exp()])
         dist.all_reduce(both, group=group)
         predicted, log_sums = both[0], both[1].log() + highest
-    kernels.cross_entropy_gradient(tokens, labels, log_sums)
+    if there:
+        kernels.cross_entropy_gradient(tokens, labels, log_sums)
     logits[:, there:] = 0
     return log_sums - predicted
 

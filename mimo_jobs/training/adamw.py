@@ -5,6 +5,7 @@ PyTorch's own (2.15) wants one dtype for all; megatron-core's precision-aware op
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,15 @@ class NarrowAdamW(torch.optim.Optimizer):
 
     @classmethod
     def instead_of(cls, other: torch.optim.Optimizer) -> "NarrowAdamW":
-        """With the parameter groups of an AdamW that made no step yet."""
-        return cls(other.param_groups, {})
+        """With the parameter groups of an AdamW that made no step yet; a parameter may be a view, as megatron-core's of fp32 are."""
+        made = cls([torch.zeros(0)], {})
+        made.param_groups = other.param_groups
+        return made
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the numbers of the groups. Moments stay the tensors they are: PyTorch would make them fp32."""
+        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: value for name, value in loaded.items() if name != "params"})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -36,7 +36,7 @@ from mimo_jobs.errors import UserError
 from mimo_jobs.modeling.build import BuiltModel
 from mimo_jobs.training.adamw import empty_state
 from mimo_jobs.training.moments import SHARDING, load_own_state, share_out
-from mimo_jobs.training.optimizer import Updates
+from mimo_jobs.training.optimizer import Updates, fuse
 from mimo_jobs.training.saved import RECORD, Saved, checkpoint_directory, completed
 
 
@@ -137,6 +137,7 @@ class Checkpoints:
         own = {name: state[name].pop("param_state") for name in self._optimizers}
         self._updates.optimizer.load_state_dict(state)
         for name, optimizer in self._optimizers.items():
+            fuse(optimizer.optimizer)
             load_own_state(optimizer, self._model_state(), own[name])
         dist.barrier()
 

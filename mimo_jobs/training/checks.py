@@ -10,7 +10,7 @@ from mimo_jobs.layout import LANGUAGE, ResolvedLayout, check_batch
 from mimo_jobs.training.config import Dataset, Logging, Optimizer, Saving, Stop, Validation
 from mimo_jobs.weights import adapters
 
-MOST_BETA2 = 0.99  # with optimizer.state=bf16
+MOST_BETA = 0.99  # of a moment in bf16
 
 
 def check_settings(arguments: Mapping[str, Any], layout: ResolvedLayout) -> None:
@@ -34,6 +34,7 @@ def check_settings(arguments: Mapping[str, Any], layout: ResolvedLayout) -> None
         check_optimizer(arguments["optimizer"], steps)
     else:
         check_values(arguments["optimizer"])
+    _check_state(arguments)
     _above("epochs", arguments["epochs"], 0)
     _least("seed", arguments["seed"], 0)
     _check_places(arguments)
@@ -73,6 +74,19 @@ def _check_places(arguments: Mapping[str, Any]) -> None:
             )
 
 
+def _check_state(arguments: Mapping[str, Any]) -> None:
+    """A moment in bf16 does not see changes of less than 0.4 %. Raises `UsageError`."""
+    settings = arguments["optimizer"]
+    if settings.state != "bf16" or arguments["precision"] != "bf16" or arguments.get("lora") is not None:
+        return
+    for name in ("beta1", "beta2"):
+        if (value := getattr(settings, name)) > MOST_BETA:
+            raise UsageError(
+                f"optimizer.{name}={value:g}: with optimizer.state=bf16 at most {MOST_BETA:g}, since changes of less than 0.4 % are "
+                "lost in bf16; lower it or set optimizer.state=fp32"
+            )
+
+
 def check_values(settings: Optimizer) -> None:
     """Raises `UsageError` for a number that no optimizer takes."""
     for name in ("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_grad", "images_lr"):
@@ -82,11 +96,6 @@ def check_values(settings: Optimizer) -> None:
     for name in ("beta1", "beta2"):
         _least(f"optimizer.{name}", getattr(settings, name), 0)
         _below(f"optimizer.{name}", getattr(settings, name), 1)
-    if settings.state == "bf16" and settings.beta2 > MOST_BETA2:
-        raise UsageError(
-            f"optimizer.beta2={settings.beta2:g}: with optimizer.state=bf16 at most {MOST_BETA2:g}, since changes of less than "
-            "0.4 % are lost in bf16; lower it or set optimizer.state=fp32"
-        )
     for name in ("lr", "images_lr"):
         value = getattr(settings, name)
         if value is not None and value < settings.min_lr:

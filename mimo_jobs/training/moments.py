@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from mimo_jobs.training.adamw import NarrowAdamW
+
 Block = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size, an entry an axis
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}  # the form that `own_state` stands in for
@@ -36,7 +38,7 @@ def own_state(
     is_loading: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> dict[str, ShardedTensor]:
-    """Master weights and moments of this rank: fp32 views of the live state.
+    """Master weights (fp32) and moments of this rank: views of the live state.
 
     Args:
         model_state: sharded tensors and factories of the parameters; ``.data`` are the live ones.
@@ -64,8 +66,10 @@ def load_own_state(optimizer: DistributedOptimizer, model_state: dict[str, Any],
         if loaded[name].data_ptr() != block.data.data_ptr():
             block.data.copy_(loaded[name])
     # megatron-core gives all parameters the same tensor, which each of them would then count up.
+    on_host = isinstance(optimizer.optimizer, NarrowAdamW)
     for parameter, state in optimizer.optimizer.state.items():
-        state["step"] = state["step"].to(parameter.device, torch.float32, copy=True)
+        device = torch.device("cpu") if on_host else parameter.device
+        state["step"] = state["step"].to(device, torch.float32, copy=True)
 
 
 def _owned(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, int]]:

@@ -106,7 +106,10 @@ def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Update
             config = _config(built, settings, highest)
             optimizer = get_megatron_optimizer(config, [module], pg_collection=groups, use_gloo_process_groups=False)
             _number_parameters(optimizer)
-            _narrow(optimizer) if settings.state == "bf16" else _fuse(optimizer)
+            if settings.state == "bf16":
+                _narrow(optimizer)
+            else:
+                fuse(optimizer)
             schedulers[name] = _scheduler(optimizer, settings, highest, steps)
         infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, is_active=name in built.groups)
     if not trained:  # get_megatron_optimizer gathers the kinds of dense, then of expert parameters over the whole world
@@ -134,11 +137,10 @@ def _number_parameters(optimizer: MegatronOptimizer) -> None:
                 one.model_param_group_index_map[parameter] = (group, place)
 
 
-def _fuse(optimizer: MegatronOptimizer) -> None:
-    """One kernel for a step of AdamW on a GPU, where PyTorch's default passes over the state a dozen times."""
-    if torch.cuda.is_available():
-        for group in optimizer.param_groups:
-            group["fused"] = True
+def fuse(optimizer: Any) -> None:
+    """One kernel for a step of AdamW on a GPU, where PyTorch's default passes over the state a dozen times; also after a checkpoint's groups are loaded."""
+    for group in optimizer.param_groups:
+        group["fused"] = torch.cuda.is_available() or None
 
 
 def _narrow(optimizer: MegatronOptimizer) -> None:

@@ -66,6 +66,45 @@ def test_16_bits_are_as_transformers_has_them() -> None:
         assert ((one - other).float().norm() / other.float().norm()).item() < 5e-3
 
 
+def of_rank_on_kernels(tokens: int) -> tuple[float, torch.Tensor]:
+    """As `of_rank` with the kernels' place taken by the same in PyTorch: loss, and the gradient of this rank's rows."""
+
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mine = (labels >= 0) & (labels < logits.shape[1])
+        predicted = logits.gather(1, labels.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        return logits.logsumexp(-1), torch.where(mine, predicted, 0.0)
+
+    def gradient(logits: torch.Tensor, labels: torch.Tensor, log_sums: torch.Tensor) -> None:
+        mine = (labels >= 0) & (labels < logits.shape[1])
+        logits.sub_(log_sums[:, None]).exp_()
+        logits.scatter_add_(1, labels.clamp(0, logits.shape[1] - 1)[:, None], -mine.to(logits.dtype)[:, None])
+
+    kernels = losses.kernels
+    kernels.take, kernels.cross_entropy, kernels.cross_entropy_gradient = lambda _: True, cross_entropy, gradient
+    hidden, weight, labels = inputs(torch.float32)
+    own = -(-tokens // dist.get_world_size())
+    padded = F.pad(weight[:tokens], (0, 0, 0, own * dist.get_world_size() - tokens), value=9.0)
+    part = padded.split(own)[dist.get_rank()].clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, part, labels % tokens, tokens, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+    loss.backward()
+    assert part.grad is not None
+    return loss.item(), part.grad
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 9])  # of 9 tokens the last of four ranks has none
+def test_on_kernels_every_rank_has_the_whole_loss(tokens: int) -> None:
+    found = run_ranks(4, of_rank_on_kernels, tokens)
+    hidden, weight, labels = inputs(torch.float64)
+    weight = weight[:tokens].clone().requires_grad_()
+    expected = F.cross_entropy(hidden @ weight.t(), labels % tokens, reduction="sum")
+    expected.backward()
+    assert [loss for loss, _ in found] == pytest.approx([expected.item()] * 4, rel=1e-6)
+    d_weight = torch.cat([d for _, d in found])
+    assert weight.grad is not None
+    torch.testing.assert_close(d_weight[:tokens], weight.grad.float(), rtol=1e-5, atol=1e-5)
+    assert not d_weight[tokens:].any()
+
+
 def test_a_frozen_head_and_a_microbatch_without_a_loss() -> None:
     for loss, d_hidden, d_weight in run_ranks(2, of_rank, 2, torch.float32, 1 << 20, 0, True):
         assert loss == 0.0 and d_hidden.shape == (0, HIDDEN) and d_weight is None

@@ -9,10 +9,11 @@ import torch
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.layout import ParallelLayout
 from mimo_jobs.modeling.build import build
+from mimo_jobs.modeling.lora import add_adapters
 from mimo_jobs.training.adamw import NarrowAdamW
 from mimo_jobs.training.checkpoints import Checkpoints
-from mimo_jobs.training.config import Optimizer
-from mimo_jobs.training.optimizer import make_optimizer
+from mimo_jobs.training.config import Lora, Optimizer
+from mimo_jobs.training.optimizer import Updates, make_optimizer
 from mimo_jobs.training.saved import Saved, newest
 from mimo_jobs.training.step import run_step, wrap_for_training
 from mimo_jobs.training.stopwatch import Stopwatch
@@ -77,6 +78,7 @@ def test_a_run_learns_as_with_fp32_and_goes_on_in_another_layout(
     wide = run(ONE, tmp_path / "wide", 0, STEPS, "fp32")
     narrow = run(layouts[0], tmp_path / "narrow", 0, STEPS, "bf16")
     assert narrow == pytest.approx(wide, rel=0.02) and wide[-1] < 0.8 * wide[0]
+    assert run(layouts[0], tmp_path / "narrow", STEPS // 2, STEPS, "bf16") == narrow[STEPS // 2 :]
     assert run(layouts[1], tmp_path / "narrow", STEPS // 2, STEPS, "bf16") == pytest.approx(
         narrow[STEPS // 2 :], rel=5e-3
     )
@@ -101,6 +103,56 @@ def test_the_norm_counts_each_gradient_once() -> None:
         assert narrow == pytest.approx(wide, rel=1e-4)
 
 
+@pytest.mark.gloo
+@pytest.mark.parametrize("kind", ["A_log in fp32", "all in fp32", "adapters"])
+def test_parameters_of_fp32_keep_a_state_of_fp32(kind: str, tmp_path: Path) -> None:
+    config, model = tiny()
+    samples = samples_of_a_run(config, BATCH) * 4
+    for name, layout in (("one", ONE), ("spread", SPREAD)):
+        world, root = layout.resolve().world_size, tmp_path / name
+        whole = run_ranks(world, _kind, kind, layout, config, model.state_dict(), samples, root, 0)
+        again = run_ranks(world, _kind, kind, layout, config, model.state_dict(), samples, root, 2)
+        assert again == [losses[2:] for losses in whole]
+
+
+def _kind(
+    kind: str, layout: ParallelLayout, config: Any, weights: Any, samples: Any, root: Path, first: int
+) -> list[float]:
+    """Losses of four steps, of which the first two may be another run's; adapters and ``A_log`` are of fp32."""
+    dtype = torch.float32 if kind == "all in fp32" else torch.bfloat16
+    kept = ("self_attention.A_log",) if kind == "A_log in fp32" else ()
+    built = build(config, layout.resolve(), dtype=dtype, float32_parameters=kept)
+    load_reference(built, weights)
+    if kind == "adapters":
+        add_adapters(built, Lora(rank=4), 0)
+    wrap_for_training(built, wide_gradients=False)
+    updates = make_optimizer(built, Optimizer(state="bf16", **SETTINGS), 4)
+    checkpoints = Checkpoints(built, updates, root, keep=2, background=False, adapters=kind == "adapters")
+    if first:
+        found = newest(root, {}, print)
+        assert found is not None
+        checkpoints.load(found[0])
+    losses = []
+    for step in range(first, 4):
+        losses.append(train_step(built, updates, samples[step * BATCH : (step + 1) * BATCH], step))
+        if not first and step == 1:
+            checkpoints.save(Saved(2, {}))
+    checkpoints.wait()
+    assert moments_of(updates) == {torch.float32} | ({torch.bfloat16} if kind == "A_log in fp32" else set())
+    return losses
+
+
+def moments_of(updates: Updates) -> set[torch.dtype]:
+    """Dtypes of all moments."""
+    found = set()
+    for info in updates.optimizer.module_infos.values():
+        if info.optimizer is not None:
+            for one in getattr(info.optimizer, "chained_optimizers", [info.optimizer]):
+                for state in one.optimizer.state.values():
+                    found |= {state["exp_avg"].dtype, state["exp_avg_sq"].dtype}
+    return found
+
+
 def _losses(
     layout: ParallelLayout, config: Any, weights: Any, samples: Any, root: Path, first: int, stop: int, state: Any
 ) -> list[float]:
@@ -123,6 +175,7 @@ def _losses(
         if not first and step + 1 == STEPS // 2:
             checkpoints.save(Saved(step + 1, {}))
     checkpoints.wait()
+    assert moments_of(updates) == {torch.bfloat16 if state == "bf16" else torch.float32}
     narrow = {p.main_grad.dtype for p in live_parameters(built).values() if p.dtype == torch.bfloat16}  # pyright: ignore
     assert narrow == {torch.bfloat16 if state == "bf16" else torch.float32}
     return losses

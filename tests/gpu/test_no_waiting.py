@@ -3,7 +3,6 @@
 One command: ``python -m pytest tests/gpu``.
 """
 
-import os
 import socket
 from typing import Any
 
@@ -18,13 +17,14 @@ pytestmark = [
 
 @pytest.fixture
 def one_rank():
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch.compiler.set_stance("force_eager")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     dist.init_process_group("nccl", init_method=address, rank=0, world_size=1)
     yield
     torch.cuda.set_sync_debug_mode("default")
+    torch.compiler.set_stance("default")
     dist.destroy_process_group()
 
 

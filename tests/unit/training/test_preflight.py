@@ -74,6 +74,15 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize(("beta", "value"), [("beta1", "0.995"), ("beta2", "0.999")])
+def test_moments_of_16_bits_cannot_follow_every_beta(inputs, tmp_path, beta, value):
+    words = ("optimizer.state=bf16", f"optimizer.{beta}={value}")
+    with pytest.raises(UserError, match=f"optimizer.{beta}={value}: with optimizer.state=bf16 at most 0.99"):
+        checked(inputs, tmp_path / "t", "qwen35vl_sft", *words)
+    checked(inputs, tmp_path / "t", "qwen35vl_sft", *words, "precision=fp32")
+    checked(inputs, tmp_path / "t", "qwen35vl_lora", *words)
+
+
 @pytest.mark.parametrize(("words", "said"), REFUSED)
 @pytest.mark.parametrize("recipe", ["qwen35vl_sft", "qwen35vl_lora"])
 def test_what_cannot_be_trained_is_refused(inputs, tmp_path, recipe, words, said):
