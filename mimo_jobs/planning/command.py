@@ -36,6 +36,7 @@ OF_RECIPE = (
     "micro_batch_size",
     "recompute",
     "sequence_parallel",
+    "optimizer.state",
 )
 GROUPS = ("layout.", "lora.")
 
@@ -248,7 +249,7 @@ def _arguments(recipe: str, values: Mapping[str, Any]) -> dict[str, Any]:
         group, _, name = path.partition(".")
         if not name and path in found:
             found[path] = value
-        elif group == "lora":
+        elif group in ("lora", "optimizer"):
             found[group] = dataclasses.replace(found[group], **{name: value})
     return found | {
         "dataset": dataclasses.replace(

@@ -91,7 +91,7 @@ def check_training(
     needs, parameters, trained = _memory(arguments, made, adapters)
     written = 4 * trained if adapters else parameters * ITEMSIZE[arguments["precision"]]
     step_bytes = written + MASTER * trained
-    needed, free = _disk(arguments, written, step_bytes)
+    needed, free = _disk(arguments, written, step_bytes, steps)
     return TrainingPreflight(
         layout, steps, samples, parameters, trained, needs, needed, free, step_bytes, notes, preflight.held(made), preflight.allowed(made)
     )  # fmt: skip
@@ -286,20 +286,26 @@ def _adapter_total(made: ImportPlan | ExportPlan, lora: Lora) -> int:
     return sum(math.prod(shape) for _, _, shape in entries)
 
 
-def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int) -> tuple[int, int]:
+def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int, steps: int | None) -> tuple[int, int]:
     """Bytes needed and free where the target goes: of itself and, on the same disk, of the checkpoints of steps.
 
-    Of these there is one more than are kept while the newest is written; they take the room of those that are there already.
+    Of these there is one more than are kept while the newest is written, if the run writes so many; they take the room of those that
+    are there already.
 
     Raises:
         UserError: there is not enough, or not where the checkpoints go.
     """
-    target, steps = Path(arguments["target"]), step_bytes * (arguments["saving"].keep + 1)
-    place = steps_directory(target, arguments["saving"].directory)
-    there = sum(p.stat().st_size for _, step in completed(place) for p in step.iterdir() if p.is_file())
+    target, saving = Path(arguments["target"]), arguments["saving"]
+    place = steps_directory(target, saving.directory)
+    found = completed(place)
+    there = sum(p.stat().st_size for _, step in found for p in step.iterdir() if p.is_file())
+    most = saving.keep + 1
+    if steps is not None:
+        most = min(most, len(found) + (-(-steps // saving.every) if saving.every else 1))
+    kept = step_bytes * most
     if _device(place) == _device(target):
-        return written + steps, publish.check_space(target, written + steps - there)
-    publish.check_space(checkpoint_directory(place, 1), steps - there)
+        return written + kept, publish.check_space(target, written + kept - there)
+    publish.check_space(checkpoint_directory(place, 1), kept - there)
     return written, publish.check_space(target, written)
 
 

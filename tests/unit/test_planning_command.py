@@ -178,6 +178,18 @@ def test_the_command_is_one_that_runs(tmp_path, capsys, monkeypatch):
     assert step["arguments"]["source"] == str(model)
 
 
+def test_the_optimizers_state_is_planned_with_and_checked(models, capsys):
+    words = ["plan", f"recipes.{SFT}", f"model={models}/27B", "gpus=8", "gpu=H200", "--json"]
+    needs = []
+    for state in ("fp32", "bf16"):
+        assert cli.main([*words, "layout.language.tp=8", f"optimizer.state={state}"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert f"optimizer.state={state}" in found["command"]
+        memory = found["layouts"][0]["memory"]["language"]
+        needs.append((memory["gradients"] + memory["optimizer"]) / memory["weights"])
+    assert needs == pytest.approx([8, 5])
+
+
 def test_a_mimo_checkpoint_is_planned_like_its_original(tmp_path, capsys):
     original, made = make_hf(tmp_path / "hf", config_of(layers=4)), tmp_path / "mimo"
     jobs.import_hf(model=str(original), target=str(made), layout=ParallelLayout(world_size=1))

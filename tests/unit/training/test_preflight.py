@@ -200,14 +200,29 @@ def test_notes_say_what_does_nothing(inputs, tmp_path):
 def test_the_disk_must_hold_the_target_and_one_checkpoint_more_than_are_kept(
     inputs, tmp_path, recipe, itemsize, monkeypatch
 ):
-    made = checked(inputs, tmp_path / "t", recipe, "saving.keep=3")
+    words = ("saving.keep=3", "saving.every=2", "steps=9")
+    made = checked(inputs, tmp_path / "t", recipe, *words)
     count = made.parameters if recipe == "qwen35vl_sft" else made.trained
     assert made.step_bytes == itemsize * count + MASTER * made.trained
     assert made.disk_needed == itemsize * count + 4 * made.step_bytes
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda p: Usage(0, 0, made.disk_needed - 1))
     with pytest.raises(UserError, match=r"needs .*free"):
-        checked(inputs, tmp_path / "t", recipe, "saving.keep=3")
+        checked(inputs, tmp_path / "t", recipe, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "there", "most"),
+    [
+        ("steps=9", 0, 1), ("steps=9 saving.every=0", 0, 1), ("steps=9 saving.every=5", 0, 2), ("steps=9 saving.every=5 saving.keep=1", 0, 2),
+        ("steps=9 saving.every=4", 0, 3), ("steps=9", 1, 2), ("steps=9", 5, 3), ("dataset.packing=true saving.every=0", 0, 3),
+    ],
+)  # fmt: skip
+def test_a_run_that_writes_few_checkpoints_needs_room_for_no_more(inputs, tmp_path, words, there, most):
+    for step in range(1, there + 1):
+        checkpoint_directory(tmp_path / "t.steps", step).mkdir(parents=True)
+    made = checked(inputs, tmp_path / "t", "qwen35vl_sft", *words.split())
+    assert made.disk_needed == 2 * made.parameters + most * made.step_bytes
 
 
 def test_checkpoints_on_another_disk_make_no_room_for_the_target(inputs, tmp_path, monkeypatch):
