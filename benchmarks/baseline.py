@@ -9,7 +9,7 @@ from typing import Any
 LR = 1e-5
 
 
-def sharded(options: argparse.Namespace, samples: list[Any]) -> Callable[[], float]:
+def sharded(options: argparse.Namespace, samples: list[Any]) -> Callable[[], Any]:
     """A step of this rank: its part of the samples in micro-batches of ``options.micro``, then AdamW. Collective over the world.
 
     Weights, gradients and moments are fp32 and shared out over the ranks, layer by layer; layers compute in bf16. Returns a function that
@@ -34,7 +34,7 @@ def sharded(options: argparse.Namespace, samples: list[Any]) -> Callable[[], flo
     total = sum(int((s.labels >= 0).sum()) for s in samples)
     batches = [_inputs(own[at : at + options.micro], config, device) for at in range(0, len(own), options.micro)]
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         loss = torch.zeros((), device=device)
         for index, inputs in enumerate(batches):
             model.set_requires_gradient_sync(index == len(batches) - 1)
@@ -45,7 +45,7 @@ def sharded(options: argparse.Namespace, samples: list[Any]) -> Callable[[], flo
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss
 
     return step
 

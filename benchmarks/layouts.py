@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commit import commit
-from benchmarks.training import RESULTS, ROOT, loss_tokens, make_model, matrix_rate, samples_of, versions
+from benchmarks.training import RESULTS, ROOT, loss_tokens, make_model, matrix_rate, paced, samples_of, versions
 
 BASELINE = "transformers"
 # Words as recipes have them, by number of GPUs; language, then images.
@@ -117,14 +117,10 @@ def rank(number: int, options: argparse.Namespace, port: int) -> None:
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=address, rank=number, world_size=options.gpus)
     step, components, config, watch = baseline(options) if options.one == BASELINE else prepared(options)
-    losses, seconds = [], []
-    for i in range(options.warmup + options.steps):
-        if i == options.warmup:
-            watch.read()
-        started = time.perf_counter()
-        losses.append(step())
-        seconds.append(time.perf_counter() - started)
-    parts = {name: value / options.steps for name, value in watch.read().items()}
+    losses, seconds = paced(
+        step, options.warmup + options.steps, lambda number: watch.lap() if number == options.warmup else None
+    )
+    parts = {name: value / options.steps for name, value in watch.lap()().items()}
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     rate = matrix_rate() if cuda else None
     mine = {
@@ -213,13 +209,13 @@ def prepared(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any
     total, watch = table.total(table.loss_tokens), Stopwatch()
     watch_images(built, watch)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         updates.set_step(0)
         with watch.span("model"):
             loss = run_step(built, batch, total, watch)
         with watch.span("optimizer"):
-            norm = updates.apply()
-        return torch.stack([loss.float(), norm]).tolist()[0] / total
+            updates.apply()
+        return loss / total
 
     return step, list(built.groups), config, watch
 

@@ -91,7 +91,7 @@ def in_a_process(side: str, options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def measured(run: Callable[..., tuple[Callable[[], float], Any]], options: argparse.Namespace) -> dict[str, Any]:
+def measured(run: Callable[..., tuple[Callable[[], Any], Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Losses, median seconds of a step, tokens a second, share of the matrix rate, peak memory."""
     import torch
 
@@ -99,11 +99,7 @@ def measured(run: Callable[..., tuple[Callable[[], float], Any]], options: argpa
 
     cuda = torch.cuda.is_available()
     step, config = run(options)
-    losses, seconds = [], []
-    for _ in range(options.warmup + options.steps):
-        started = time.perf_counter()
-        losses.append(step())  # waits for the device
-        seconds.append(time.perf_counter() - started)
+    losses, seconds = paced(step, options.warmup + options.steps)
     patches = (options.image // config["vision_config"]["patch_size"]) ** 2
     model, tokens = flops.of_config(config), options.rows * options.tokens
     work = model.language([options.tokens] * options.rows, loss_tokens(config, options)) + model.images(
@@ -127,7 +123,32 @@ def measured(run: Callable[..., tuple[Callable[[], float], Any]], options: argpa
     }  # fmt: skip
 
 
-def where_time_goes(step: Callable[[], float], steps: int = 2, most: int = 40) -> dict[str, Any]:
+def paced(
+    step: Callable[[], Any], steps: int, starting: Callable[[int], object] = lambda _: None
+) -> tuple[list[float], list[float]]:
+    """The losses of steps, and the seconds of each: from the end of the one before to its own on the device.
+
+    As `training.loop`, a step is launched before the loss of the one before is read. ``starting`` is called with the number of a step before it is launched.
+    """
+    from mimo_jobs.training.readback import Readback
+
+    losses: list[float] = []
+    seconds: list[float] = []
+    ahead, before = None, time.perf_counter()
+    for number in range(steps + 1):
+        if number < steps:
+            starting(number)
+        launched = Readback(step()) if number < steps else None
+        if ahead is not None:
+            losses.append(float(ahead.numbers()))
+            now = time.perf_counter()
+            seconds.append(now - before)
+            before = now
+        ahead = launched
+    return losses, seconds
+
+
+def where_time_goes(step: Callable[[], Any], steps: int = 2, most: int = 40) -> dict[str, Any]:
     """Milliseconds a step: of the device in its largest kernels, by the operator that started them too, and of the clock."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -135,8 +156,7 @@ def where_time_goes(step: Callable[[], float], steps: int = 2, most: int = 40) -
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
         started = time.perf_counter()
-        for _ in range(steps):
-            step()
+        paced(step, steps)
         seconds = (time.perf_counter() - started) / steps
 
     def largest(of: Callable[[Any], float], wanted: Callable[[Any], bool]) -> list[dict[str, Any]]:
@@ -149,10 +169,15 @@ def where_time_goes(step: Callable[[], float], steps: int = 2, most: int = 40) -
     operators = largest(
         lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total, lambda e: "CPU" in str(e.device_type)
     )
-    busy = sum(e.self_device_time_total for e in seen.key_averages() if "CUDA" in str(e.device_type)) / 1000 / steps
+    spans = {
+        e.key for e in seen.key_averages() if "CUDA" not in str(e.device_type)
+    }  # a span of the host's is drawn on the device, too
+    busy = sum(
+        e.self_device_time_total for e in seen.key_averages() if "CUDA" in str(e.device_type) and e.key not in spans
+    )
     return {
         "step_ms_with_profiler": round(seconds * 1000, 1),
-        "device_ms": round(busy, 1),
+        "device_ms": round(busy / 1000 / steps, 1),
         "kernels": kernels,
         "operators": operators,
     }
@@ -191,7 +216,7 @@ def loss_tokens(config: dict[str, Any], options: argparse.Namespace) -> int:
     return sum(int((s.labels >= 0).sum()) for s in samples_of(config, options))
 
 
-def with_transformers(options: argparse.Namespace) -> tuple[Callable[[], float], Any]:
+def with_transformers(options: argparse.Namespace) -> tuple[Callable[[], Any], Any]:
     """transformers' model, its own loss and gradient checkpointing, AdamW."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -211,19 +236,19 @@ def with_transformers(options: argparse.Namespace) -> tuple[Callable[[], float],
         "mm_token_type_ids": (ids == config["image_token_id"]).int(), "use_cache": False,
     }  # fmt: skip
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=options.baseline == "mixed"):
             loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return step, config
 
 
-def with_mimo_jobs(options: argparse.Namespace) -> tuple[Callable[[], float], Any]:
+def with_mimo_jobs(options: argparse.Namespace) -> tuple[Callable[[], Any], Any]:
     """Both components on one rank, as `qwen35vl_sft` trains them."""
     import torch
 
@@ -261,11 +286,11 @@ def with_mimo_jobs(options: argparse.Namespace) -> tuple[Callable[[], float], An
     batch = [m.to(device) for m in microbatches_of(built, samples, table, shares)]
     total, watch = table.total(table.loss_tokens), Stopwatch()
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         updates.set_step(0)
         loss = run_step(built, batch, total, watch)
-        norm = updates.apply()
-        return torch.stack([loss, norm]).tolist()[0] / total  # as `training.loop` waits
+        updates.apply()
+        return loss / total
 
     return step, config
 

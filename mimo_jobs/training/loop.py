@@ -25,6 +25,7 @@ from mimo_jobs.training.flops import utilisation
 from mimo_jobs.training.history import PARTS
 from mimo_jobs.training.metrics import Metrics
 from mimo_jobs.training.optimizer import Updates
+from mimo_jobs.training.readback import Readback
 from mimo_jobs.training.saved import Saved, completed
 from mimo_jobs.training.step import run_step
 from mimo_jobs.training.stopwatch import Stopwatch
@@ -101,8 +102,29 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
             signal.signal(signum, handler)
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device works on, or has done.
+
+    Attributes:
+        numbers: the loss, summed over this rank's replica where it is the one that reports it, and the norm of all gradients.
+        data_seconds: that the host waited for the step's samples.
+        parts: seconds of the device by name, once it has done the step.
+        rates: component -> learning rate, only those of this rank.
+    """
+
+    step: Step
+    numbers: Readback
+    data_seconds: float
+    parts: Callable[[], dict[str, float]]
+    rates: Mapping[str, float]
+
+
 def train(run: Run, feeder: Feeder) -> None:
     """Run the steps that are left. Collective over the world.
+
+    A step is launched before the numbers of the one before are read, so that the device never waits for the host; nothing is saved
+    before its numbers were looked at.
 
     Raises:
         JobFailed: the loss is not finite, or above a bound of ``run.stop``.
@@ -110,54 +132,77 @@ def train(run: Run, feeder: Feeder) -> None:
     """
     control: Any = dist.new_group(backend="gloo")
     with stop_asked() as asked:
-        steps, before = iter(feeder), time.perf_counter()
+        steps, before, ahead = iter(feeder), time.perf_counter(), None
         while run.done < run.steps:
             started = time.perf_counter()
             step = next(steps)
             data_seconds = time.perf_counter() - started
-            if not any(step.table.rows):  # all bad: known to every rank
-                _, stopping = _agreed(run, control, 0.0, asked())
+            good = any(step.table.rows)  # else all are bad: known to every rank
+            launched = _launch(run, step, run.done + (ahead is not None), data_seconds) if good else None
+            if ahead is not None:
+                before = _finish(run, control, ahead, before)
+            ahead, stopping = launched, _any(control, asked())
+            if not good:
                 _left_out(run, step)
-            else:
-                stopping = _one(run, control, step, data_seconds, before, asked)
+            if ahead is not None and not stopping and not _is_due(run, run.done + 1):
+                _publish_if_written(run, control)
+                continue
+            if ahead is not None:
+                _finish(run, control, ahead, before)
+                ahead = None
             stopping = _save_and_validate(run, control, stopping, asked)
             if stopping and run.done < run.steps:
                 run.checkpoints.wait()
                 raise KeyboardInterrupt
-            run.watch.read()  # what validation took is not the next step's
+            run.watch.lap()  # what validation took is not the next step's
             before = time.perf_counter()
 
 
-def _one(run: Run, control: Any, step: Step, data_seconds: float, before: float, asked: Callable[[], bool]) -> bool:
-    """One optimizer step; whether any rank was asked to stop."""
+def _launch(run: Run, step: Step, done: int, data_seconds: float) -> Launched:
+    """Have the device do the optimizer step that follows ``done`` steps."""
     watch = run.watch
-    run.updates.set_step(run.done)
+    run.updates.set_step(done)
     if run.dropout_seed is not None:
-        seed_dropout(run.built, run.dropout_seed + run.done)
+        seed_dropout(run.built, run.dropout_seed + done)
     tokens = step.table.total(step.table.loss_tokens)
     microbatches = [m.to(run.device) for m in step.microbatches]
     with watch.span("model"):
         loss = run_step(run.built, microbatches, tokens, watch)
     with watch.span("optimizer"):
         norm = run.updates.apply()
-    summed, norm = torch.stack([loss.float(), norm]).tolist()  # the one wait for the device
-    value, stopping = _agreed(run, control, summed / max(1, tokens), asked())
-    _check(run, step, value, norm)
-    now = time.perf_counter()
-    seconds = now - before
-    run.done += 1
-    run.losses = [*run.losses, value][-WINDOW:]
-    run.first_loss = value if run.first_loss is None else run.first_loss
-    _log(run, control, step, value, norm, seconds, _parts(run, watch, data_seconds))
-    return stopping
+    numbers = Readback(torch.stack([loss.float(), norm]))
+    rates = {name: s.optimizer.param_groups[0]["lr"] for name, s in run.updates.schedulers.items()}
+    return Launched(step, numbers, data_seconds, watch.lap(), rates)
 
 
-def _agreed(run: Run, control: dist.ProcessGroup, loss: float, asked: bool) -> tuple[float, bool]:
-    """The loss of all replicas, and whether any rank was asked to stop."""
-    shared = torch.tensor([loss, float(asked)], dtype=torch.float64)
+def _finish(run: Run, control: dist.ProcessGroup, launched: Launched, before: float) -> float:
+    """Wait for a step, look at its numbers and log it. Returns the time; ``before``: when the one before was over."""
+    summed, norm = launched.numbers.numbers().tolist()
+    tokens = launched.step.table.total(launched.step.table.loss_tokens)
+    parts = _parts(run, launched)
+    shared = torch.tensor([summed / max(1, tokens), *(parts[p] for p in PARTS)], dtype=torch.float64)
     dist.all_reduce(shared, group=control)
-    value, stopping = shared.tolist()
-    return value, stopping > 0
+    loss, *each = shared.tolist()
+    _check(run, launched.step, loss, norm)
+    now = time.perf_counter()
+    run.done += 1
+    run.losses = [*run.losses, loss][-WINDOW:]
+    run.first_loss = loss if run.first_loss is None else run.first_loss
+    # Over all ranks: what the allocated GPUs did, a part each of the step's time.
+    _log(run, launched, loss, norm, now - before, {p: v / run.world.size for p, v in zip(PARTS, each, strict=True)})
+    return now
+
+
+def _any(control: dist.ProcessGroup, asked: bool) -> bool:
+    """Whether any rank was asked to stop."""
+    shared = torch.tensor(float(asked))
+    dist.all_reduce(shared, group=control)
+    return shared.item() > 0
+
+
+def _is_due(run: Run, number: int) -> bool:
+    """Whether something is to be done with the weights after a step."""
+    return number == run.steps or any(every and number % every == 0 for every in (run.save_every, run.validate_every))
 
 
 def _check(run: Run, step: Step, loss: float, norm: float) -> None:
@@ -191,12 +236,12 @@ def _stopped(run: Run, step: Step, number: int, why: str) -> JobFailed:
     )
 
 
-def _parts(run: Run, watch: Stopwatch, data_seconds: float) -> dict[str, float]:
+def _parts(run: Run, launched: Launched) -> dict[str, float]:
     """Where this rank's time went: its component's work is what is left when waiting is taken off."""
-    found = watch.read()
+    found = launched.parts()
     waiting = found.get("waiting", 0.0)
     parts = dict.fromkeys(PARTS, 0.0) | {
-        "data": data_seconds,
+        "data": launched.data_seconds,
         "waiting": waiting,
         "optimizer": found.get("optimizer", 0.0),
     }
@@ -206,13 +251,9 @@ def _parts(run: Run, watch: Stopwatch, data_seconds: float) -> dict[str, float]:
     return parts
 
 
-def _log(
-    run: Run, control: dist.ProcessGroup, step: Step, loss: float, norm: float, seconds: float, parts: dict[str, float]
-) -> None:
-    shared = torch.tensor([parts[p] for p in PARTS], dtype=torch.float64)
-    dist.all_reduce(shared, group=control)
-    # Over all ranks: what the allocated GPUs did, a part each of the step's time.
-    each = {p: v / run.world.size for p, v in zip(PARTS, shared.tolist(), strict=True)}
+def _log(run: Run, launched: Launched, loss: float, norm: float, seconds: float, parts: Mapping[str, float]) -> None:
+    """``parts``: seconds of the mean rank."""
+    step, rates = launched.step, launched.rates
     table = step.table
     tokens = table.total(table.tokens)
     run.tokens += tokens
@@ -220,11 +261,10 @@ def _log(
     run.skipped += len(step.problems)
     if run.metrics is None:
         return
-    rates = {name: s.optimizer.param_groups[0]["lr"] for name, s in run.updates.schedulers.items()}
     rate = rates.get(LANGUAGE, next(iter(rates.values()), 0.0))
     values: dict[str, float] = {
         "loss": loss, "grad_norm": norm, "lr": rate, "tokens": tokens, "loss_tokens": table.total(table.loss_tokens),
-        "samples": sum(len(r) for r in table.rows), "seconds": seconds, **{f"seconds.{p}": v for p, v in each.items()}, "skipped": run.skipped,
+        "samples": sum(len(r) for r in table.rows), "seconds": seconds, **{f"seconds.{p}": v for p, v in parts.items()}, "skipped": run.skipped,
         "tokens_per_second": tokens / seconds, "tokens_per_second_per_gpu": tokens / seconds / run.world.size,
     }  # fmt: skip
     if rates.get(IMAGES, rate) != rate:
@@ -275,17 +315,13 @@ def _tell_problems(run: Run, step: Step) -> None:
 def _save_and_validate(run: Run, control: Any, stopping: bool, asked: Callable[[], bool]) -> bool:
     """What is due after a step; whether any rank was asked to stop by now."""
     last = run.done == run.steps
-    if run.checkpoints.pending:
-        busy = torch.tensor(float(run.checkpoints.writing))
-        dist.all_reduce(busy, group=control)
-        if not busy.item():
-            _publish(run)
+    _publish_if_written(run, control)
     saved = stopping or last or bool(run.save_every and run.done % run.save_every == 0)
     if saved:
         _save(run)
     due = last or (run.validate_every and run.done % run.validate_every == 0)
     if run.validate is not None and due and not stopping:  # while the checkpoint is written
-        validated = run.validate(lambda: _agreed(run, control, 0.0, asked())[1])
+        validated = run.validate(lambda: _any(control, asked()))
         if validated is None:
             stopping = True
             if not saved:
@@ -295,6 +331,15 @@ def _save_and_validate(run: Run, control: Any, stopping: bool, asked: Callable[[
     if stopping or last:
         _publish(run)
     return stopping
+
+
+def _publish_if_written(run: Run, control: Any) -> None:
+    """Publish the checkpoint that was being written, once every rank has written its part."""
+    if run.checkpoints.pending:
+        busy = torch.tensor(float(run.checkpoints.writing))
+        dist.all_reduce(busy, group=control)
+        if not busy.item():
+            _publish(run)
 
 
 def _save(run: Run) -> None:

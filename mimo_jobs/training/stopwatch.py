@@ -1,7 +1,7 @@
 """Where a step's time goes, without stopping the device: CUDA events on a GPU, the clock on a CPU."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by name. On a GPU spans are measured on the current stream and are read after the step has ended anyway."""
+    """Seconds by name. On a GPU spans are measured on the current stream and are read once they are over."""
 
     def __init__(self) -> None:
         self._cuda = torch.cuda.is_available()
@@ -49,12 +49,14 @@ class Stopwatch:
         else:
             self._seconds[name] = self._seconds.get(name, 0.0) + end - begin
 
-    def read(self) -> dict[str, float]:
-        """Seconds by name since the last call; waits for what is recorded, which at the end of a step is over."""
-        if self._cuda:
-            torch.cuda.current_stream().synchronize()
-        found, self._seconds = self._seconds, {}
-        for name, pairs in self._spans.items():
-            found[name] = found.get(name, 0.0) + sum(a.elapsed_time(b) for a, b in pairs) / 1000
-        self._spans = {}
-        return found
+    def lap(self) -> Callable[[], dict[str, float]]:
+        """Seconds by name since the last call, to be asked for once the device has come this far."""
+        seconds, spans = self._seconds, self._spans
+        self._seconds, self._spans = {}, {}
+
+        def read() -> dict[str, float]:
+            for name, pairs in spans.items():
+                seconds[name] = seconds.get(name, 0.0) + sum(a.elapsed_time(b) for a, b in pairs) / 1000
+            return seconds
+
+        return read

@@ -184,14 +184,15 @@ def watched(file: Path, stop_after: int | None = None) -> Callable[[int], None]:
     def before(rank: int) -> None:
         log = loop._log
 
-        def noted(run: Any, control: Any, step: Any, *rest: Any) -> None:
+        def noted(run: Any, launched: Any, *rest: Any) -> None:
+            step = launched.step
             if rank == 0:
                 ids = [step.table.ids[s] for row in step.table.rows for s in row]
                 with file.open("a") as out:
                     out.write(json.dumps([run.done, ids]) + "\n")
                 if run.done == stop_after:
                     os.kill(os.getpid(), signal.SIGTERM)
-            log(run, control, step, *rest)
+            log(run, launched, *rest)
 
         loop._log = noted
 
