@@ -23,6 +23,7 @@ from mimo_jobs.training.checks import check_optimizer
 from mimo_jobs.training.config import Optimizer
 from mimo_jobs.training.step import trained_components
 
+_TORCH: Any = torch  # its operations on lists have no types
 _DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "WSD"}
 
 
@@ -82,8 +83,8 @@ def _clip(optimizer: MegatronOptimizer, norm: Tensor) -> None:
     for one in _parts(optimizer):
         if isinstance(one.optimizer, NarrowAdamW):
             one.optimizer.scale = (one.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        elif parameters := one.get_parameters():
-            torch.nn.utils.clip_grads_with_norm_(parameters, one.config.clip_grad, norm)
+        elif one.gradients:
+            torch.nn.utils.clip_grads_with_norm_(one.get_parameters(), one.config.clip_grad, norm)
 
 
 def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Updates:
@@ -106,10 +107,8 @@ def make_optimizer(built: BuiltModel, settings: Optimizer, steps: int) -> Update
             config = _config(built, settings, highest)
             optimizer = get_megatron_optimizer(config, [module], pg_collection=groups, use_gloo_process_groups=False)
             _number_parameters(optimizer)
-            if settings.state == "bf16":
-                _narrow(optimizer)
-            else:
-                fuse(optimizer)
+            _bind(optimizer)
+            fuse(optimizer)
             schedulers[name] = _scheduler(optimizer, settings, highest, steps)
         infos[name] = ModuleOptimizerInfo(optimizer, grid, groups, is_active=name in built.groups)
     if not trained:  # get_megatron_optimizer gathers the kinds of dense, then of expert parameters over the whole world
@@ -143,45 +142,56 @@ def fuse(optimizer: Any) -> None:
         group["fused"] = torch.cuda.is_available() or None
 
 
-def _narrow(optimizer: MegatronOptimizer) -> None:
-    """Have the gradients used where DDP has them; megatron-core would copy them all to fp32 for a step."""
+def _bind(optimizer: MegatronOptimizer) -> None:
+    """Tell the optimizer once where gradients and weights are, in DDP's buffers; megatron-core looks for each of them in every step.
+
+    Its gradients are used where they are, also where they are narrower than the weights, which megatron-core would copy to fp32.
+    """
     for one in _parts(optimizer):
-        pairs = (
-            (one.model_float16_groups, one.shard_fp32_from_float16_groups),
-            (one.model_fp32_groups, one.shard_fp32_groups),
-        )
-        for models, mains in pairs:
-            for model, main in zip(itertools.chain(*models), itertools.chain(*mains), strict=True):
-                own = one._get_model_param_range_map(model)["param"]
-                main.decoupled_grad = model.main_grad.view(-1)[own.start : own.end]
+        found = [(model, main) for models, mains in (
+            (one.model_float16_groups, one.shard_fp32_from_float16_groups), (one.model_fp32_groups, one.shard_fp32_groups)
+        ) for model, main in zip(itertools.chain(*models), itertools.chain(*mains), strict=True)]  # fmt: skip
+        one.gradients, copies, narrow = [], [], False
+        for model, main in found:
+            own = one._get_model_param_range_map(model)["param"]
+            gradient = model.main_grad.view(-1)[own.start : own.end]
+            if gradient.dtype == main.dtype:
+                main.grad = gradient
+            else:
+                narrow = True
+            main.decoupled_grad = gradient
+            if param_is_not_shared(main) and param_is_not_tensor_parallel_duplicate(main, tp_group=one.tp_group):
+                one.gradients.append(gradient)
+            if model.dtype != main.dtype:
+                copies.append((model.detach().view(-1)[own.start : own.end], main))
         one._copy_model_grads_to_main_grads = lambda: None
-        one.optimizer = NarrowAdamW.instead_of(one.optimizer)
+        one._copy_main_params_to_model_params = partial(_copy, copies)
+        if narrow:
+            one.optimizer = NarrowAdamW.instead_of(one.optimizer)
 
 
-def _gradients_for_norm(one: Any) -> list[Tensor]:
-    """Of an optimizer's parameters, without those that another rank counts."""
-    if not isinstance(one.optimizer, NarrowAdamW):
-        return one.get_grads_for_grad_norm()
-    counted = partial(param_is_not_tensor_parallel_duplicate, tp_group=one.tp_group)
-    return [p.decoupled_grad for p in one.get_parameters() if param_is_not_shared(p) and counted(p)]
+@torch.no_grad()
+def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+    """Each second to its first, rounded."""
+    if copies:
+        _TORCH._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
 
 
 def _squared_norm(optimizer: MegatronOptimizer | None) -> Tensor:
     """Of a component's gradients, over its ranks; 0 where the component is not."""
     if optimizer is None:
         return torch.zeros((), device="cuda")
-    gradients = [g for one in _parts(optimizer) for g in _gradients_for_norm(one)]
+    gradients = [g for one in _parts(optimizer) for g in one.gradients]
     square = _norm(gradients).square() if gradients else torch.zeros((), device="cuda")
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
     return square
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Of them all, an fp32 scalar."""
-    if all(g.dtype == torch.float32 for g in gradients):
-        return torch.nn.utils.get_total_norm(gradients)
-    # PyTorch rounds a norm of 16 bits to 16 bits.
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm()
+    """Of them all, an fp32 scalar; PyTorch's own rounds a norm of 16 bits to 16 bits."""
+    by_dtype = [[g for g in gradients if g.dtype == dtype] for dtype in {g.dtype: None for g in gradients}]
+    norms = [n for some in by_dtype for n in _TORCH._foreach_norm(some, 2, dtype=torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _config(built: BuiltModel, settings: Optimizer, highest: float) -> OptimizerConfig:

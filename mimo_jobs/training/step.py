@@ -1,8 +1,8 @@
 """One optimizer step's forward and backward passes in any layout, on megatron-core's schedules.
 
 The loss of a step is the sum over its tokens divided by their number, over all microbatches and replicas (what transformers
-computes with ``num_items_in_batch``). Gradients are summed by DDP and divided once, by a number every rank has from the
-`StepTable`: no communication for it.
+computes with ``num_items_in_batch``): the sums that are passed backward are divided by a number every rank has from the `StepTable`,
+so that gradients are only summed, without communication or a pass of their own for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -92,7 +92,7 @@ def watch_images(built: BuiltModel, watch: Stopwatch) -> None:
 def run_step(
     built: BuiltModel, microbatches: Sequence[Microbatch], loss_tokens: int, watch: Stopwatch, *, train: bool = True
 ) -> Tensor:
-    """Forward, and backward when training, of every microbatch; gradients are reduced and divided by ``loss_tokens``.
+    """Forward, and backward when training, of every microbatch; gradients, of the loss divided by ``loss_tokens``, are reduced.
 
     Collective over the world.
 
@@ -100,12 +100,12 @@ def run_step(
         fp32 scalar on the device: the summed loss of this rank's replica where `is_loss_rank`, 0 elsewhere.
     """
     config = built.model.config
-    config.finalize_model_grads_func = partial(_finalize, built, loss_tokens)
+    config.finalize_model_grads_func = partial(_finalize, built)
     config.no_sync_func = built.model.no_sync
     if train:
         built.model.zero_grad_buffer()
     arguments: dict[str, Any] = dict(
-        forward_step_func=partial(_forward_step, watch),
+        forward_step_func=partial(_forward_step, watch, loss_tokens),
         data_iterator=iter(microbatches),
         model=[built.model],
         num_microbatches=len(microbatches),
@@ -125,33 +125,33 @@ def run_step(
     return torch.stack([r["loss"] for r in reported]).sum()
 
 
-def _forward_step(watch: Stopwatch, microbatches: Iterator[Microbatch], model: Any) -> tuple[Any, Any]:
+def _forward_step(
+    watch: Stopwatch, loss_tokens: int, microbatches: Iterator[Microbatch], model: Any
+) -> tuple[Any, Any]:
     microbatch = next(microbatches)
     with watch.span("forward"):
         output, _ = model(**microbatch.inputs)
     if "targets" not in microbatch.inputs or not model.role.is_last_stage(LANGUAGE):
         return output, None
-    return output, _summed_loss
+    return output, partial(_loss, loss_tokens)
 
 
-def _summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """megatron-core wants a number of tokens, too, for `_finalize`, which has it from the step table."""
-    return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach()}
+def _loss(loss_tokens: int, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What to pass backward, a number of tokens that megatron-core wants and nobody reads, and the summed loss to report."""
+    return loss / max(1, loss_tokens), torch.ones((), dtype=torch.int), {"loss": loss.detach()}
 
 
 def _finalize(
     built: BuiltModel,
-    loss_tokens: int,
     model: Any,
     num_tokens: Tensor | None = None,
     pg_collection: Any = None,
     force_all_reduce: bool = False,
     **_: object,
 ) -> None:
-    """Reduce gradients within each component's own groups, then make them those of the mean over tokens."""
+    """Reduce gradients within each component's own groups."""
     for name, wrapped in trained_components(built).items():
         finalize_model_grads([wrapped], None, built.groups[name], force_all_reduce)
-        wrapped.scale_gradients(1.0 / max(1, loss_tokens))
 
 
 _COMMUNICATION = (
