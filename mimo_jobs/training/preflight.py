@@ -27,6 +27,7 @@ LOOKED_AT = 16  # rows that are tried before anything starts
 COUNTED = 4 << 30  # bytes of JSON whose lines are counted
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 MASTER = 12  # bytes of a trained parameter in a step's checkpoint: fp32 copy and two moments
+NARROW_MASTER = 8  # with optimizer.state=bf16
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def check_training(
     adapters = _adapters(arguments.get("lora"), made, source if made_by is None else None)
     needs, parameters, trained = _memory(arguments, made, adapters)
     written = 4 * trained if adapters else parameters * ITEMSIZE[arguments["precision"]]
-    step_bytes = written + MASTER * trained
+    narrow = arguments["optimizer"].state == "bf16" and arguments["precision"] == "bf16" and adapters is None
+    step_bytes = written + (NARROW_MASTER if narrow else MASTER) * trained
     needed, free = _disk(arguments, written, step_bytes, steps)
     return TrainingPreflight(
         layout, steps, samples, parameters, trained, needs, needed, free, step_bytes, notes, preflight.held(made), preflight.allowed(made)

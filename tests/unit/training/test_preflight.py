@@ -211,6 +211,14 @@ def test_the_disk_must_hold_the_target_and_one_checkpoint_more_than_are_kept(
         checked(inputs, tmp_path / "t", recipe, *words)
 
 
+def test_moments_of_16_bits_make_checkpoints_smaller(inputs, tmp_path):
+    wide, narrow = (checked(inputs, tmp_path / "t", "qwen35vl_sft", f"optimizer.state={s}") for s in ("fp32", "bf16"))
+    assert wide.step_bytes - narrow.step_bytes == 4 * wide.trained
+    full = checked(inputs, tmp_path / "t", "qwen35vl_sft", "optimizer.state=bf16", "precision=fp32")
+    adapters = checked(inputs, tmp_path / "t", "qwen35vl_lora", "optimizer.state=bf16")
+    assert [made.step_bytes for made in (full, adapters)] == [(4 + MASTER) * made.trained for made in (full, adapters)]
+
+
 @pytest.mark.parametrize(
     ("words", "there", "most"),
     [
