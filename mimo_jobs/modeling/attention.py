@@ -24,6 +24,7 @@ from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 from mimo_jobs.modeling import kernels
+from mimo_jobs.modeling.rope import rotate
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -122,13 +123,38 @@ class ScaledDotProductAttention(MegatronModule):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.softmax_scale, enable_gqa=grouped)
 
 
-class GatedSelfAttention(SelfAttention):
+class RotatedSelfAttention(SelfAttention):
+    """``SelfAttention`` that turns queries and keys with `rope.rotate`; ``rotary_pos_emb`` is what that takes."""
+
+    _turns: Tensor | None = None
+
+    def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As the base class's."""
+        self._turns = rotary_pos_emb
+        try:
+            return super().forward(*args, rotary_pos_emb=None, **kwargs)
+        finally:
+            self._turns = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's, with query and key turned."""
+        query, key, *rest = self.project(*args, **kwargs)
+        if self._turns is not None:
+            query, key = rotate(query, self._turns), rotate(key, self._turns)
+        return query, key, *rest
+
+    def project(self, *args: Any, **kwargs: Any) -> Any:
+        """Query, key, value, and gate if there is one."""
+        return super().get_query_key_value_tensors(*args, **kwargs)
+
+
+class GatedSelfAttention(RotatedSelfAttention):
     """``SelfAttention`` with an output gate whose tp may exceed the number of key-value groups.
 
     megatron-core implements that case, but takes the gate's rank from ``parallel_state`` (attention.py, 0.19.2).
     """
 
-    def get_query_key_value_tensors(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def project(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,

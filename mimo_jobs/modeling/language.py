@@ -9,7 +9,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -29,6 +28,7 @@ from transformers import PreTrainedConfig
 from mimo_jobs.layout import Component, padded_vocab, stage_layers
 from mimo_jobs.modeling import kernels
 from mimo_jobs.modeling.attention import GatedDeltaNet, GatedSelfAttention, ScaledDotProductAttention
+from mimo_jobs.modeling.linear import ColumnParallelLinear, RowParallelLinear
 from mimo_jobs.modeling.loss import Targets, linear_cross_entropy
 from mimo_jobs.modeling.norms import GatedDeltaOutNorm, RMSNorm, parameter_device
 from mimo_jobs.modeling.rope import InterleavedMRope
@@ -57,7 +57,7 @@ class LanguageModel(GPTModel):
         self.position_embedding_type = "mrope"
         self.mrope_section = config.mrope_section
         rotary_dim = int(config.kv_channels * rotary_percent)
-        self.rotary_pos_emb = InterleavedMRope(rotary_dim, rotary_base, parameter_device(config))
+        self.rotary_pos_emb = InterleavedMRope(rotary_dim, rotary_base, parameter_device(config), config.params_dtype)
         self.tokens = tokens
         self.targets: Targets | None = None  # of the microbatch at hand, set by `Mimo`
 

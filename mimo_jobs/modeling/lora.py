@@ -22,11 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -40,6 +36,7 @@ from torch import Tensor, nn
 from mimo_jobs.families import family_of
 from mimo_jobs.layout import IMAGES, LANGUAGE
 from mimo_jobs.modeling.build import ENCODER, BuiltModel
+from mimo_jobs.modeling.linear import ColumnParallelLinear, RowParallelLinear
 from mimo_jobs.weights.adapters import (
     AdaptedLinear,
     adapted_linears,

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from mimo_jobs.modeling.attention import Packed, ScaledDotProductAttention
+from mimo_jobs.modeling.attention import Packed, RotatedSelfAttention, ScaledDotProductAttention
+from mimo_jobs.modeling.linear import ColumnParallelLinear, RowParallelLinear
 from mimo_jobs.modeling.norms import LayerNorm, parameter_device
 from mimo_jobs.modeling.rope import VisionRope
 from mimo_jobs.modeling.tensors import moved
@@ -147,9 +147,9 @@ class VisionTower(MegatronModule):
     def _encode(self, pixel_values: Tensor, patches: Patches) -> Tensor:
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         hidden = hidden + (self.pos_embed(patches.taps) * patches.weights[:, :, None]).sum(1).to(hidden.dtype)
-        angles = self.rope(patches.positions)
+        turns = self.rope(patches.positions)
         hidden = self.decoder(
-            hidden[:, None], attention_mask=None, rotary_pos_emb=angles, packed_seq_params=patches.frames
+            hidden[:, None], attention_mask=None, rotary_pos_emb=turns, packed_seq_params=patches.frames
         )
         return self.merger(hidden[:, 0])
 
@@ -202,7 +202,7 @@ def _layer_spec() -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=LayerNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
+                module=RotatedSelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
             ),
             self_attn_bda=_BIAS_DROPOUT_ADD,
             pre_mlp_layernorm=LayerNorm,
