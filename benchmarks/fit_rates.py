@@ -71,7 +71,7 @@ def points_of(result: dict[str, Any]) -> list[Point]:
         images=asked["images"],
     )
     settings = Settings(asked["micro"], asked["recompute"], asked["sequence_parallel"])
-    tuning, points = Tuning(freeze=asked["freeze"]), []
+    tuning, points = Tuning(freeze=asked["freeze"], state=asked["state"]), []
     for one in result["layouts"].values():
         if "failed" in one or one["language"] is None:  # transformers
             continue

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -205,14 +204,14 @@ def prepared(options: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any
     samples = samples_of(config, options)
     table = table_of(samples, [[i] for i in range(options.rows)])
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    batch = [m.to(device) for m in microbatches_of(built, samples, table, shares)]
+    made = [m.pinned() if device.type == "cuda" else m for m in microbatches_of(built, samples, table, shares)]
     total, watch = table.total(table.loss_tokens), Stopwatch()
     watch_images(built, watch)
 
     def step() -> torch.Tensor:
         updates.set_step(0)
         with watch.span("model"):
-            loss = run_step(built, batch, total, watch)
+            loss = run_step(built, [m.to(device) for m in made], total, watch)
         with watch.span("optimizer"):
             updates.apply()
         return loss / total

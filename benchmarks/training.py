@@ -120,6 +120,7 @@ def measured(run: Callable[..., tuple[Callable[[], Any], Any]], options: argpars
         "matrix_tflops": round(rate / 1e12, 1) if rate else None,
         "peak_gb": round(peak / 1e9, 2) if cuda else None, "profile": profile,
         "outside_of_pytorch_gb": round((whole - free - reserved) / 1e9, 2) if cuda else None,
+        "allocation_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else None,
     }  # fmt: skip
 
 
@@ -178,9 +179,27 @@ def where_time_goes(step: Callable[[], Any], steps: int = 2, most: int = 40) -> 
     return {
         "step_ms_with_profiler": round(seconds * 1000, 1),
         "device_ms": round(busy / 1000 / steps, 1),
+        "waits_of_the_device": waits(
+            [e for e in seen.events() if "CUDA" in str(e.device_type) and e.name not in spans], steps
+        ),
         "kernels": kernels,
         "operators": operators,
     }
+
+
+def waits(kernels: list[Any], steps: int, least: float = 20.0, most: int = 12) -> dict[str, Any]:
+    """Milliseconds a step between kernels, and the longest times of more than ``least`` microseconds, with the kernels around them."""
+    found, last, until = [], "", 0.0
+    for kernel in sorted(kernels, key=lambda e: e.time_range.start):
+        if last and kernel.time_range.start > until:
+            found.append((kernel.time_range.start - until, last, kernel.name))
+        if kernel.time_range.end > until:
+            last, until = kernel.name, kernel.time_range.end
+    longest = sorted((w for w in found if w[0] > least), reverse=True)
+    return {
+        "ms": round(sum(w[0] for w in found) / 1000 / steps, 2), "ms_of_long_ones": round(sum(w[0] for w in longest) / 1000 / steps, 2),
+        "longest": [{"ms": round(ms / 1000, 3), "after": after[:60], "before": before[:60]} for ms, after, before in longest[:most]],
+    }  # fmt: skip
 
 
 def samples_of(config: dict[str, Any], options: argparse.Namespace) -> list[Any]:
@@ -283,12 +302,12 @@ def with_mimo_jobs(options: argparse.Namespace) -> tuple[Callable[[], Any], Any]
     )
     samples, shares = samples_of(config, options), Shares(1, 1, options.rows, 1)
     table = table_of(samples, [[i] for i in range(options.rows)])
-    batch = [m.to(device) for m in microbatches_of(built, samples, table, shares)]
+    made = [m.pinned() if device.type == "cuda" else m for m in microbatches_of(built, samples, table, shares)]
     total, watch = table.total(table.loss_tokens), Stopwatch()
 
     def step() -> torch.Tensor:
         updates.set_step(0)
-        loss = run_step(built, batch, total, watch)
+        loss = run_step(built, [m.to(device) for m in made], total, watch)
         updates.apply()
         return loss / total
 

@@ -38,17 +38,20 @@ class Packed(PackedSeqParams):
 
     Attributes:
         lengths: of the sequences, on the host: nobody has to ask a device for them.
+        chunks: for `kernels.gated_delta_rule`.
     """
 
     lengths: tuple[int, ...] = ()
+    chunks: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Packed":
         """From the lengths, in order."""
         bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
         return cls(
-            "sbhd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths)
-        )
+            "sbhd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths),
+            chunks=kernels.chunks_of(lengths),
+        )  # fmt: skip
 
     @cached_property
     def host_bounds(self) -> Tensor:
@@ -234,7 +237,7 @@ class GatedDeltaNet(McoreGatedDeltaNet):
         qkv, gate, beta, alpha = projected.transpose(0, 1).split(self.feat_dim_split, -1)
         out = kernels.gated_delta_rule(
             qkv, alpha, beta, self.A_log, self.dt_bias, self.conv1d.weight.squeeze(1), sizes,
-            packed.cu_seqlens_q if packed else None, packed.host_bounds if packed else None,
+            packed.cu_seqlens_q if packed else None, packed.host_bounds if packed else None, packed.chunks if packed else None,
         )  # fmt: skip
         out = self._apply_gated_norm(out, gate.unflatten(-1, (-1, self.value_head_dim)))
         return out_proj(out.flatten(2).transpose(0, 1).contiguous())

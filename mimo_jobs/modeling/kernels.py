@@ -5,7 +5,7 @@ reference, measured on H100), and fp32 is what results are compared in.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ except ImportError:  # an extra, `gpu`
     _fla_swiglu = _fla_rms_norm_gated = _fla_rms_norm = causal_conv1d = chunk_gated_delta_rule = None
     cross_entropy_bwd = cross_entropy_fwd = None
 
+CHUNK = 64  # tokens; of flash-linear-attention's convolution and delta rule
 DEVICES = frozenset({"cuda"})
 _NO_LABEL = -(1 << 40)  # further than any label is from a rank's rows
 _VARLEN: Callable[..., Any] | None = _varlen_attn
@@ -65,7 +66,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def gated_delta_rule(
     qkv: Tensor, alpha: Tensor, beta: Tensor, decay: Tensor, bias: Tensor, weight: Tensor, sizes: tuple[int, int, int],
-    bounds: Tensor | None, host_bounds: Tensor | None,
+    bounds: Tensor | None, host_bounds: Tensor | None, chunks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The mixing of Gated DeltaNet between its projections, where `available`.
 
@@ -76,22 +77,33 @@ def gated_delta_rule(
         weight: (2 * keys + values, kernel), of the convolution.
         sizes: width of a key head, width of a value head, and all keys of this rank.
         bounds: int (samples + 1,), where packed samples begin and end, with batch 1; ``host_bounds``: the same on the host.
+        chunks: `chunks_of` them, in the bounds' dtype and on their device; made by flash-linear-attention itself they would have the
+            host wait for the device.
 
     Returns:
         (batch, seq, value heads, width of a value head), in qkv's dtype.
     """
     key_head, value_head, keys = sizes
     mixed, _ = _call(
-        causal_conv1d, x=qkv, weight=weight, activation="silu", cu_seqlens=bounds, cu_seqlens_cpu=host_bounds
-    )
+        causal_conv1d,
+        x=qkv, weight=weight, activation="silu", cu_seqlens=bounds, cu_seqlens_cpu=host_bounds, chunk_indices=chunks,
+    )  # fmt: skip
     query, key, value = mixed.split([keys, keys, mixed.shape[-1] - 2 * keys], -1)
     out, _ = _call(
         chunk_gated_delta_rule,
         query.unflatten(-1, (-1, key_head)), key.unflatten(-1, (-1, key_head)), value.unflatten(-1, (-1, value_head)),
-        g=alpha, beta=beta, A_log=decay, dt_bias=bias, cu_seqlens=bounds, cu_seqlens_cpu=host_bounds,
+        g=alpha, beta=beta, A_log=decay, dt_bias=bias, cu_seqlens=bounds, cu_seqlens_cpu=host_bounds, chunk_indices=chunks,
         use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
     )  # fmt: skip
     return out
+
+
+def chunks_of(lengths: Sequence[int]) -> Tensor:
+    """The chunks in which flash-linear-attention goes through packed samples: int32 (chunks, 2), the sample and which of its chunks (fla 0.6, ops/utils/index.py)."""
+    counts = [-(-length // CHUNK) for length in lengths]
+    return torch.tensor(
+        [(sample, chunk) for sample, count in enumerate(counts) for chunk in range(count)], dtype=torch.int32
+    )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

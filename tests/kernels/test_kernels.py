@@ -12,6 +12,7 @@ pytest.importorskip("fla", reason="flash-linear-attention is not installed")
 
 from mimo_jobs.layout import ComponentLayout, ParallelLayout
 from mimo_jobs.modeling import kernels
+from mimo_jobs.modeling.attention import Packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter does not round to bf16, it cuts
@@ -26,10 +27,10 @@ def fused(monkeypatch):
         monkeypatch.setattr(kernels, "chunk_gated_delta_rule", delta_rule)
 
 
-def delta_rule(q, k, v, *, g, beta, A_log, dt_bias, cu_seqlens, cu_seqlens_cpu, **flags):
+def delta_rule(q, k, v, *, g, beta, A_log, dt_bias, cu_seqlens, cu_seqlens_cpu, chunk_indices, **flags):
     """flash-linear-attention's rule, token by token (arXiv 2412.06464, equation 10), in fp32."""
     assert flags == dict.fromkeys(("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True)
-    assert (cu_seqlens is None) == (cu_seqlens_cpu is None)
+    assert (cu_seqlens is None) == (cu_seqlens_cpu is None) == (chunk_indices is None)
     dtype, repeat = q.dtype, v.shape[2] // q.shape[2]
     q, k = (F.normalize(t.float(), dim=-1, eps=1e-6).repeat_interleave(repeat, 2) for t in (q, k))
     decay, beta = (-A_log.float().exp() * F.softplus(g.float() + dt_bias.float())).exp(), beta.float().sigmoid()
@@ -43,6 +44,15 @@ def delta_rule(q, k, v, *, g, beta, A_log, dt_bias, cu_seqlens, cu_seqlens_cpu, 
         state = state + k[:, t, :, :, None] * (missing * beta[:, t, :, None])[:, :, None]
         outs.append((state * q[:, t, :, :, None]).sum(-2) * k.shape[-1] ** -0.5)
     return torch.stack(outs, 1).to(dtype), None
+
+
+@pytest.mark.parametrize("lengths", [(1,), (64,), (65, 1, 128, 300)])
+def test_chunks_are_those_that_flash_linear_attention_makes(lengths):
+    from fla.ops.utils.index import prepare_chunk_indices
+
+    bounds = Packed.of(lengths).cu_seqlens_q
+    found, wanted = kernels.chunks_of(lengths), prepare_chunk_indices(bounds, kernels.CHUNK)
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
 def random(*shape, scale=1.0):
@@ -117,16 +127,16 @@ def test_cross_entropy(fused, vocabulary):
 @pytest.mark.parametrize("lengths", [None, (70,), (5, 64, 1, 30)])
 @pytest.mark.parametrize("value_heads", [2, 4])
 def test_gated_delta_rule(fused, lengths, value_heads):
-    from mimo_jobs.modeling.attention import Packed
-
     torch.manual_seed(value_heads)
     batch, seq = (2, 70) if lengths is None else (1, sum(lengths))
     packed = None if lengths is None else Packed.of(lengths)
     keys, width = 2 * 32, 2 * 2 * 32 + value_heads * 32
 
     def run(qkv, alpha, beta, decay, bias, weight):
-        bounds, host = (None, None) if packed is None else (packed.cu_seqlens_q.to(DEVICE), packed.host_bounds)
-        return kernels.gated_delta_rule(qkv, alpha, beta, decay, bias, weight, (32, 32, keys), bounds, host)
+        where = (None, None, None)
+        if packed is not None:
+            where = packed.cu_seqlens_q.to(DEVICE), packed.host_bounds, packed.chunks.to(DEVICE)
+        return kernels.gated_delta_rule(qkv, alpha, beta, decay, bias, weight, (32, 32, keys), *where)
 
     def reference(qkv, alpha, beta, decay, bias, weight):
         parts = qkv.split(list(lengths or (seq,)), 1)
@@ -138,7 +148,17 @@ def test_gated_delta_rule(fused, lengths, value_heads):
         bounds = None if packed is None else packed.host_bounds
         q, k, v = (t.unflatten(-1, (-1, 32)) for t in (q, k, v))
         return delta_rule(
-            q, k, v, g=alpha, beta=beta, A_log=decay, dt_bias=bias, cu_seqlens=bounds, cu_seqlens_cpu=bounds, **flags
+            q,
+            k,
+            v,
+            g=alpha,
+            beta=beta,
+            A_log=decay,
+            dt_bias=bias,
+            cu_seqlens=bounds,
+            cu_seqlens_cpu=bounds,
+            chunk_indices=bounds,
+            **flags,
         )[0]
 
     heads = (batch, seq, value_heads)
