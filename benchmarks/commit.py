@@ -6,12 +6,9 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """Of the working tree; where the files were copied without their history, what ``GIT_COMMIT`` says."""
-    asked = subprocess.run(
-        ["git", "rev-parse", "--verify", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return asked.stdout.strip() if asked.returncode == 0 else os.environ.get("GIT_COMMIT", "")
+    """What ``GIT_COMMIT`` says, which those set who copy the files; else of the working tree."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
+    words = ["git", "rev-parse", "--verify", "HEAD"]
+    asked = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() if asked.returncode == 0 else ""

@@ -1,8 +1,9 @@
 """The planner's constants from measured layouts: fits, and writes mimo_jobs/planning/rates.json and the table in docs/planning.md.
 
-    python -m benchmarks.fit_rates benchmarks/results/layouts*.json
+    python -m benchmarks.fit_rates benchmarks/results/layouts*.json benchmarks/results/training_[0-9]*.json
 
-Takes results of `benchmarks.layouts` of published sizes on one kind of card; the matrix rate is the one measured beside them.
+Takes results of `benchmarks.layouts` and of `benchmarks.training` of published sizes on one kind of card; the matrix rate is the one
+measured beside them.
 """
 
 import argparse
@@ -32,9 +33,7 @@ def main() -> None:
         parser.error(f"results of one kind of GPU are wanted, not of {', '.join(map(str, sorted(cards, key=str)))}")
     points = [point for one in found for point in points_of(one)]
     before = rates.load(known_card(cards.pop()))
-    measured = statistics.median(
-        r["matrix_tflops"] for one in found for r in one["layouts"].values() if "failed" not in r
-    )
+    measured = statistics.median(r["matrix_tflops"] for one in found for r in ours(one))
     names = ", ".join(file.name for file in options.results)
     known = replace(before, matrix=measured * 1e12, source={**before.source, "matrix": f"measured: {names}"})
     fitted = fit.fit(points, known)
@@ -56,9 +55,28 @@ def known_card(name: str) -> str:
     return max(cards, key=len)
 
 
+def ours(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured of mimo_jobs, in the words of `benchmarks.layouts`."""
+    if "layouts" in result:  # one without a language layout is transformers
+        return [one for one in result["layouts"].values() if "failed" not in one and one["language"] is not None]
+    both = ["language", "images"]
+    return [
+        {**run, "language": {}, "images": {}, "ranks": [{"components": both, "peak_gb": run["peak_gb"]}]}
+        for run in result["runs"]["mimo_jobs"]
+    ]
+
+
 def points_of(result: dict[str, Any]) -> list[Point]:
     """A point for each layout that ran."""
-    asked = result["settings"]
+    # `benchmarks.training` has one image a sample, and all rows in one micro-batch.
+    alone = {
+        "images": 1,
+        "micro": result["settings"]["rows"],
+        "freeze": "none",
+        "sequence_parallel": False,
+        "state": "fp32",
+    }
+    asked = alone | result["settings"]
     config = fit.published_config(asked["shape"])
     side = asked["image"] // config["vision_config"]["patch_size"]
     image_tokens = asked["images"] * side**2 // config["vision_config"]["spatial_merge_size"] ** 2
@@ -72,9 +90,7 @@ def points_of(result: dict[str, Any]) -> list[Point]:
     )
     settings = Settings(asked["micro"], asked["recompute"], asked["sequence_parallel"])
     tuning, points = Tuning(freeze=asked["freeze"], state=asked["state"]), []
-    for one in result["layouts"].values():
-        if "failed" in one or one["language"] is None:  # transformers
-            continue
+    for one in ours(result):
         words = [
             f"layout.{name}.{field}={size}" for name in ("language", "images") for field, size in one[name].items()
         ]

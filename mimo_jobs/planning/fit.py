@@ -21,9 +21,7 @@ FITTED = (
     "launch",
 )  # of the step's time; memory_factor is fitted apart
 SHARES = ("language_ceiling", "images_ceiling")  # at most 1
-PRIOR = (
-    0.01  # a constant that is e times what it was before counts as a point that is 1 % off: what no point tells stays
-)
+PRIOR = 0.03  # a constant that is e times what it was before counts as a point that is 3 % off, as far as the model itself is: few points do not tell all
 NOTICED = 1e-3  # of a constant's change that a point must show for the constant to be called fitted
 ROUNDS = 200
 
@@ -127,7 +125,7 @@ def fit(points: Sequence[Point], rates: Rates) -> Rates:
 
 
 def _least_squares(errors: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Levenberg and Marquardt's method with a weak pull to ``start``.
+    """Levenberg and Marquardt's method with a pull to ``start``.
 
     Returns:
         the logarithms of the constants, and for each whether any point depends on it.

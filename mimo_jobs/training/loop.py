@@ -123,8 +123,8 @@ class Launched:
 def train(run: Run, feeder: Feeder) -> None:
     """Run the steps that are left. Collective over the world.
 
-    A step is launched before the numbers of the one before are read, so that the device never waits for the host; nothing is saved
-    before its numbers were looked at.
+    On a GPU a step is launched before the numbers of the one before are read, so that the device never waits for the host; nothing is
+    saved before its numbers were looked at.
 
     Raises:
         JobFailed: the loss is not finite, or above a bound of ``run.stop``.
@@ -144,7 +144,7 @@ def train(run: Run, feeder: Feeder) -> None:
             ahead, stopping = launched, _any(control, asked())
             if not good:
                 _left_out(run, step)
-            if ahead is not None and not stopping and not _is_due(run, run.done + 1):
+            if ahead is not None and _runs_ahead(run.device) and not stopping and not _is_due(run, run.done + 1):
                 _publish_if_written(run, control)
                 continue
             if ahead is not None:
@@ -198,6 +198,11 @@ def _any(control: dist.ProcessGroup, asked: bool) -> bool:
     shared = torch.tensor(float(asked))
     dist.all_reduce(shared, group=control)
     return shared.item() > 0
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether a launched step is not yet done: a CPU has done it."""
+    return device.type == "cuda"
 
 
 def _is_due(run: Run, number: int) -> bool:

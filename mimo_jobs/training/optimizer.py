@@ -162,8 +162,13 @@ def _bind(optimizer: MegatronOptimizer) -> None:
             main.decoupled_grad = gradient
             if param_is_not_shared(main) and param_is_not_tensor_parallel_duplicate(main, tp_group=one.tp_group):
                 one.gradients.append(gradient)
-            if model.dtype != main.dtype:
-                copies.append((model.detach().view(-1)[own.start : own.end], main))
+            if model.dtype == main.dtype:
+                continue
+            rounded = model.detach().view(-1)[own.start : own.end]
+            if gradient.dtype == main.dtype:
+                copies.append((rounded, main))
+            else:
+                main.rounded = rounded
         one._copy_model_grads_to_main_grads = lambda: None
         one._copy_main_params_to_model_params = partial(_copy, copies)
         if narrow:

@@ -34,13 +34,14 @@ def test_updates_are_those_of_pytorchs_adamw() -> None:
     options: dict[str, Any] = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
     reference = torch.optim.AdamW([wanted], **options)
     optimizer = NarrowAdamW.instead_of(torch.optim.AdamW([mine], **options))
-    optimizer.scale = torch.tensor(0.25)
+    optimizer.scale, mine.rounded = torch.tensor(0.25), torch.zeros(300, dtype=torch.bfloat16)  # pyright: ignore[reportAttributeAccessIssue]
     for step in range(20):
         wanted.grad = torch.randn(300) * 10 ** (step % 3)
         mine.decoupled_grad = 4 * wanted.grad  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
         reference.step()
         torch.testing.assert_close(mine, wanted, rtol=2e-6, atol=2e-7)
+        assert torch.equal(mine.rounded, mine.bfloat16())
     assert optimizer.state[mine]["exp_avg"].dtype == torch.float32
 
 

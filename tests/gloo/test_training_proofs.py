@@ -175,6 +175,39 @@ def test_validation_does_not_change_what_is_trained(job: str, model: Path, data:
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+def _ahead(_rank: int) -> None:
+    loop._runs_ahead = lambda _device: True
+
+
+def test_a_step_launched_before_the_last_ones_numbers_are_read_changes_nothing(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """As on a GPU: with checkpoints and validation between steps, and a run that is stopped and goes on."""
+    common: dict[str, Any] = dict(
+        source=model, data=data, steps=7, saving={"every": 3}, validation={"data": str(data), "every": 5, "samples": 4},
+        global_batch_size=4,
+    )  # fmt: skip
+    plain = train(tmp_path / "r0", FAN_IN, target=tmp_path / "plain", **common)
+    ahead = train(tmp_path / "r1", FAN_IN, target=tmp_path / "ahead", before=_ahead, **common)
+    names = ("loss", "grad_norm", "lr", "tokens", "samples")
+    assert [[s[n] for n in names] for s in plain.history.steps.values()] == [
+        [s[n] for n in names] for s in ahead.history.steps.values()
+    ]
+    assert list(ahead.history.steps) == [1, 2, 3, 4, 5, 6, 7] and ahead.history.validation == plain.history.validation
+    stop = watched(tmp_path / "ids", 1)
+
+    def before(rank: int) -> None:
+        _ahead(rank)
+        stop(rank)
+
+    first = train(tmp_path / "r2", FAN_IN, target=tmp_path / "stopped", before=before, **common)
+    assert first.error["message"] == "interrupted" and list(first.history.steps) == [1, 2]
+    rest = train(tmp_path / "r2", FAN_IN, target=tmp_path / "stopped", before=_ahead, **common)
+    assert rest.losses == plain.losses
+    digests = [read_manifest(tmp_path / n).digests for n in ("plain", "ahead", "stopped")]
+    assert digests[0] == digests[1] == digests[2]
+
+
 # ------------------------------------------------------------------------------------------- every sample once an epoch
 
 

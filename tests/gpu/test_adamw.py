@@ -24,6 +24,9 @@ def test_compiled_updates_are_those_of_pytorchs_adamw(dtype: torch.dtype) -> Non
     wanted = [weights[a:b].clone().requires_grad_() for a, b in cuts]
     for parameter, (a, b) in zip(mine, cuts, strict=True):
         parameter.decoupled_grad = gradients[a:b]  # pyright: ignore[reportAttributeAccessIssue]
+    rounded = torch.zeros(70_002, device="cuda", dtype=torch.bfloat16)
+    for parameter, (a, b) in zip(mine[:3], cuts, strict=False):
+        parameter.rounded = rounded[a:b]  # pyright: ignore[reportAttributeAccessIssue]
     options = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     reference = torch.optim.AdamW(wanted, **options)
     optimizer = NarrowAdamW.instead_of(torch.optim.AdamW(mine, **options))
@@ -39,3 +42,4 @@ def test_compiled_updates_are_those_of_pytorchs_adamw(dtype: torch.dtype) -> Non
     moved = sum((w - weights[a:b]).norm() for w, (a, b) in zip(wanted, cuts, strict=True))
     apart = sum((m - w).norm() for m, w in zip(mine, wanted, strict=True))
     assert apart <= (0.01 if dtype == torch.bfloat16 else 1e-5) * moved
+    assert all(torch.equal(p.rounded, p.bfloat16()) for p in mine[:3]) and not rounded[70_001:].any()  # pyright: ignore[reportAttributeAccessIssue]
