@@ -59,8 +59,17 @@ def _changes(question: Question) -> Iterator[str]:
             yield f"max_length={length}"
             break
         length //= 2
-    if question.tuning.lora is None and _helps(
-        dataclasses.replace(question, tuning=dataclasses.replace(question.tuning, freeze="none", lora=Lora()))
+    tuning = question.tuning
+    narrow = dataclasses.replace(tuning, state="bf16")
+    if (
+        tuning.lora is None
+        and tuning.precision == "bf16"
+        and narrow != tuning
+        and _helps(dataclasses.replace(question, tuning=narrow))
+    ):
+        yield "optimizer.state=bf16"
+    if tuning.lora is None and _helps(
+        dataclasses.replace(question, tuning=dataclasses.replace(tuning, freeze="none", lora=Lora()))
     ):
         yield "the recipe qwen35vl_lora"
     more = [question.gpus * 2**i for i in range(1, MOST_GPUS.bit_length())]

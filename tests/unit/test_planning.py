@@ -181,6 +181,12 @@ def test_where_nothing_fits_the_smallest_need_is_told_and_what_would_help_helps(
     assert planned(models / "27B", "gpus=4", "layout.images.tp=1", "gpu=H200")[1].best
 
 
+def test_narrow_state_is_told_where_it_makes_room(models):
+    question, found = planned(models / "9B", "gpus=2")
+    assert not found.best and "what would help: optimizer.state=bf16; " in advice.nothing_fits(question, found)
+    assert planned(models / "9B", "gpus=2", "optimizer.state=bf16")[1].best
+
+
 def test_a_choice_that_stands_in_the_way_is_named(models):
     question, found = planned(models / "9B", "gpus=8", "recompute=none", "micro_batch_size=8", "max_length=16384")
     said = advice.nothing_fits(question, found)
