@@ -18,8 +18,8 @@ Room in ``--workdir``, in times the bytes of the weights (27B: 55.6 GB): convers
 which ``--set saving.directory=DIR`` puts elsewhere. What is no more needed is removed. A real checkpoint as ``--source`` works, too;
 its tokenizer makes fewer tokens of the samples. A failure exits 1 and writes no result.
 
-Writes benchmarks/results/headline.json if everything ran with 27b on 8 GPUs, else headline_SHAPE_RANKS_BACKEND.json there, of some
-phases with their names behind.
+Writes benchmarks/results/headline.json if everything ran with 27b on 8 GPUs and nothing was set otherwise, else
+headline_SHAPE_RANKS_BACKEND.json there, of some phases with their names behind.
 """
 
 import argparse
@@ -54,6 +54,7 @@ from benchmarks.scale import disk
 from benchmarks.training import versions
 from recipes import RECIPES
 
+STEPS, RESUME_STEPS, RECIPE_STEPS = 20, 5, 2
 PHASES = ("plan", "conversion", "training", "recipes")
 ROOM = {
     "plan": 0,
@@ -83,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--workdir", help="where to write (default: /dev/shm or beside the repository, where there is room)"
     )
     parser.add_argument("--only", nargs="+", choices=PHASES, default=PHASES, metavar="PHASE", help=", ".join(PHASES))
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--resume-steps", type=int, default=5)
-    parser.add_argument("--recipe-steps", type=int, default=2, help="steps of the recipes phase")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--resume-steps", type=int, default=RESUME_STEPS)
+    parser.add_argument("--recipe-steps", type=int, default=RECIPE_STEPS, help="steps of the recipes phase")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of qwen35vl_sft in the training phase"
     )
@@ -107,15 +108,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"headline: {error}")
 
 
+def _given(options: argparse.Namespace) -> list[str]:
+    """The words that make it another measurement than the one that is known by the shape and the ranks."""
+    usual = {"steps": STEPS, "resume_steps": RESUME_STEPS, "recipe_steps": RECIPE_STEPS}
+    usual |= SMALL if options.shape == "tiny" else USUAL
+    given = {name: getattr(options, name) for name, value in usual.items() if getattr(options, name) != value}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+    return words + [f"--set {' '.join(options.set)}"] * bool(options.set) + ["--source DIR"] * bool(options.source)
+
+
 def _in_scratch(options: argparse.Namespace) -> None:
     """Run it in a directory that is removed; of a failure the records of the commands stay. Raises `Failed`."""
     work = Path(tempfile.mkdtemp(prefix="mimo-headline-", dir=_place(options)))
     records = None
     try:
         Headline(options, work).run()
-    except Failed as error:
+    except BaseException as error:
         records = work / RUNS if (work / RUNS).is_dir() else None
-        raise Failed(f"{error}" + (f"\nrecords of the commands: {records}" if records else "")) from None
+        where = f"\nrecords of the commands: {records}" if records else ""
+        if isinstance(error, Failed):
+            raise Failed(f"{error}{where}") from None
+        print(where, file=sys.stderr)
+        raise
     finally:
         for place in work.iterdir():
             if place != records:
@@ -324,14 +338,10 @@ class Headline:
 
     def write(self, found: dict[str, dict[str, Any]]) -> None:
         o, complete, backend = self.options, set(found) == set(PHASES), "gpu" if self.gpus else "gloo"
-        parts = (
-            ["headline"]
-            if (o.shape, o.ranks, backend) == ("27b", 8, "gpu")
-            else ["headline", o.shape, str(o.ranks), backend]
-        )
+        headline = (o.shape, o.ranks, backend) == ("27b", 8, "gpu") and not _given(o)
+        parts = ["headline"] if headline else ["headline", o.shape, str(o.ranks), backend]
         place = Path(o.output or RESULTS / f"{'_'.join(parts if complete else [*parts, *found])}.json")
-        words = [f"--shape {o.shape} --ranks {o.ranks} --steps {o.steps} --resume-steps {o.resume_steps}"]
-        words += [f"--only {' '.join(found)}"] * (not complete) + [f"--set {' '.join(o.set)}"] * bool(o.set)
+        words = [f"--shape {o.shape} --ranks {o.ranks}", *_given(o), *[f"--only {' '.join(found)}"] * (not complete)]
         result = {
             "command": f"python -m benchmarks.headline {' '.join(words)}", "commit": commit(), "complete": complete,
             "shape": o.shape, "ranks": o.ranks, "backend": backend, "filesystem": disk(self.work),

@@ -136,7 +136,9 @@ class Started(contextlib.AbstractContextManager["Started"]):
         """As the kernel does when memory is short; its number."""
         assert self.record is not None
         logs = [p.read_text(errors="replace") for p in self.record.glob("logs/*.log")]
-        rank, pid = max((int(r), int(p)) for text in logs for r, p in RANK_LINE.findall(text))
+        found = [(int(r), int(p)) for text in logs for r, p in RANK_LINE.findall(text)]
+        require(bool(found), f"no log in {self.record} names a rank")
+        rank, pid = max(found)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         return rank

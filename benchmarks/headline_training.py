@@ -139,10 +139,10 @@ def _exported(bench: "Headline", target: Path) -> dict[str, Any]:
     names, same = set(told["digests"]), set(told["digests"]) - set(told["different"])
     mtp = {name for name in names if name.startswith("mtp.")}
     require(not told["only_left"] and not told["only_right"], "the export has other tensors than the source")
-    require(
-        mtp <= same and len(same) < len(names),
-        f"{len(same)} of {len(names)} tensors are as they were before the training",
-    )
+    require(mtp <= same and (mtp or bench.options.source), f"MTP's {len(mtp - same)} tensors are not the source's")
+    trained = kinds(names - same)
+    still = [name for name, count in kinds(names).items() if name != "mtp" and count and not trained[name]]
+    require(not still, f"no tensor of {' and '.join(still)} was changed by the training")
     shutil.rmtree(place)
     print(f"exported: {parity['equal']}/{count} tensors as trained; {len(same)} as before, MTP's {len(mtp)} among them")
     return exported | {"as_before_training": kinds(same)}

@@ -17,6 +17,7 @@ try:
 except ImportError:
     _varlen_attn = None
 try:
+    from fla import __version__ as _fla_version  # pyright: ignore[reportMissingImports]
     from fla.modules.activations import swiglu as _fla_swiglu  # pyright: ignore[reportMissingImports]
     from fla.modules.convolution import causal_conv1d  # pyright: ignore[reportMissingImports]
     from fla.modules.fused_cross_entropy.ops import cross_entropy_bwd, cross_entropy_fwd  # pyright: ignore[reportMissingImports]
@@ -26,8 +27,10 @@ try:
 except ImportError:  # an extra, `gpu`
     _fla_swiglu = _fla_rms_norm_gated = _fla_rms_norm = causal_conv1d = chunk_gated_delta_rule = None
     cross_entropy_bwd = cross_entropy_fwd = None
+    _fla_version = ""
 
-CHUNK = 64  # tokens; of flash-linear-attention's convolution and delta rule
+CHUNK = 64  # tokens; of the convolution and the delta rule in versions that `_KNOWS_CHUNKS`
+_KNOWS_CHUNKS = _fla_version.startswith("0.6.")
 DEVICES = frozenset({"cuda"})
 _NO_LABEL = -(1 << 40)  # further than any label is from a rank's rows
 _VARLEN: Callable[..., Any] | None = _varlen_attn
@@ -78,12 +81,13 @@ def gated_delta_rule(
         sizes: width of a key head, width of a value head, and all keys of this rank.
         bounds: int (samples + 1,), where packed samples begin and end, with batch 1; ``host_bounds``: the same on the host.
         chunks: `chunks_of` them, in the bounds' dtype and on their device; made by flash-linear-attention itself they would have the
-            host wait for the device.
+            host wait for the device. Versions that may go through samples in others make their own.
 
     Returns:
         (batch, seq, value heads, width of a value head), in qkv's dtype.
     """
     key_head, value_head, keys = sizes
+    chunks = chunks if _KNOWS_CHUNKS else None
     mixed, _ = _call(
         causal_conv1d,
         x=qkv, weight=weight, activation="silu", cu_seqlens=bounds, cu_seqlens_cpu=host_bounds, chunk_indices=chunks,

@@ -56,7 +56,7 @@ class Run:
         save_every, validate_every: steps.
         dropout_seed: of adapters with dropout, which is drawn anew each step, so that a resumed run draws the same; else None.
         data: what the data set is (`data.Source.sketch`).
-        done: optimizer steps done; ``losses``: of the last of them; ``skipped``: bad samples so far.
+        done: optimizer steps done; ``kept``: of the newest checkpoint; ``losses``: of the last of them; ``skipped``: bad samples so far.
     """
 
     world: World
@@ -76,6 +76,7 @@ class Run:
     dropout_seed: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     done: int = 0
+    kept: int = 0
     skipped: int = 0
     losses: list[float] = field(default_factory=list)
     first_loss: float | None = None
@@ -108,14 +109,12 @@ class Launched:
 
     Attributes:
         numbers: the loss, summed over this rank's replica where it is the one that reports it, and the norm of all gradients.
-        data_seconds: that the host waited for the step's samples.
         parts: seconds of the device by name, once it has done the step.
         rates: component -> learning rate, only those of this rank.
     """
 
     step: Step
     numbers: Readback
-    data_seconds: float
     parts: Callable[[], dict[str, float]]
     rates: Mapping[str, float]
 
@@ -132,33 +131,49 @@ def train(run: Run, feeder: Feeder) -> None:
     """
     control: Any = dist.new_group(backend="gloo")
     with stop_asked() as asked:
-        steps, before, ahead = iter(feeder), time.perf_counter(), None
+        steps, before, waited, ahead = iter(feeder), time.perf_counter(), 0.0, None
         while run.done < run.steps:
             started = time.perf_counter()
-            step = next(steps)
-            data_seconds = time.perf_counter() - started
-            good = any(step.table.rows)  # else all are bad: known to every rank
-            launched = _launch(run, step, run.done + (ahead is not None), data_seconds) if good else None
+            step, problem = _next(steps)
+            waited += time.perf_counter() - started
+            # Asked before the launch: what is asked for now costs no step more than the one that the device works on.
+            asked_anywhere, failed = _counted(control, asked(), problem is not None)
+            if problem is not None and failed < run.world.size:
+                raise problem  # the others know nothing of it
+            stopping, launched = asked_anywhere > 0, None
+            good = step is not None and any(step.table.rows)  # else all are bad: known to every rank
+            if step is not None and good and not stopping:
+                launched = _launch(run, step, run.done + (ahead is not None))
             if ahead is not None:
-                before = _finish(run, control, ahead, before)
-            ahead, stopping = launched, _any(control, asked())
-            if not good:
+                before, waited = _finish(run, control, ahead, before, waited), 0.0
+            ahead = launched
+            if problem is not None:
+                raise problem
+            if step is not None and not good and not stopping:
                 _left_out(run, step)
-            if ahead is not None and _runs_ahead(run.device) and not stopping and not _is_due(run, run.done + 1):
+            if ahead is not None and _runs_ahead(run.device) and not _is_due(run, run.done + 1):
                 _publish_if_written(run, control)
                 continue
             if ahead is not None:
-                _finish(run, control, ahead, before)
+                _finish(run, control, ahead, before, waited)
                 ahead = None
             stopping = _save_and_validate(run, control, stopping, asked)
             if stopping and run.done < run.steps:
                 run.checkpoints.wait()
                 raise KeyboardInterrupt
             run.watch.lap()  # what validation took is not the next step's
-            before = time.perf_counter()
+            before, waited = time.perf_counter(), 0.0
 
 
-def _launch(run: Run, step: Step, done: int, data_seconds: float) -> Launched:
+def _next(steps: Iterator[Step]) -> tuple[Step | None, BaseException | None]:
+    """The next step's samples, or why there are none."""
+    try:
+        return next(steps), None
+    except Exception as problem:
+        return None, problem
+
+
+def _launch(run: Run, step: Step, done: int) -> Launched:
     """Have the device do the optimizer step that follows ``done`` steps."""
     watch = run.watch
     run.updates.set_step(done)
@@ -172,19 +187,24 @@ def _launch(run: Run, step: Step, done: int, data_seconds: float) -> Launched:
         norm = run.updates.apply()
     numbers = Readback(torch.stack([loss.float(), norm]))
     rates = {name: s.optimizer.param_groups[0]["lr"] for name, s in run.updates.schedulers.items()}
-    return Launched(step, numbers, data_seconds, watch.lap(), rates)
+    return Launched(step, numbers, watch.lap(), rates)
 
 
-def _finish(run: Run, control: dist.ProcessGroup, launched: Launched, before: float) -> float:
-    """Wait for a step, look at its numbers and log it. Returns the time; ``before``: when the one before was over."""
+def _finish(run: Run, control: dist.ProcessGroup, launched: Launched, before: float, waited: float) -> float:
+    """Wait for a step, look at its numbers and log it. Returns the time.
+
+    Args:
+        before: when the step before was over.
+        waited: seconds since then that the host had no samples to launch.
+    """
     summed, norm = launched.numbers.numbers().tolist()
+    now = time.perf_counter()
     tokens = launched.step.table.total(launched.step.table.loss_tokens)
-    parts = _parts(run, launched)
+    parts = _parts(run, launched, now - before, waited)
     shared = torch.tensor([summed / max(1, tokens), *(parts[p] for p in PARTS)], dtype=torch.float64)
     dist.all_reduce(shared, group=control)
     loss, *each = shared.tolist()
     _check(run, launched.step, loss, norm)
-    now = time.perf_counter()
     run.done += 1
     run.losses = [*run.losses, loss][-WINDOW:]
     run.first_loss = loss if run.first_loss is None else run.first_loss
@@ -193,11 +213,11 @@ def _finish(run: Run, control: dist.ProcessGroup, launched: Launched, before: fl
     return now
 
 
-def _any(control: dist.ProcessGroup, asked: bool) -> bool:
-    """Whether any rank was asked to stop."""
-    shared = torch.tensor(float(asked))
+def _counted(control: dist.ProcessGroup, *each: bool) -> list[int]:
+    """On how many ranks each is so."""
+    shared = torch.tensor(each, dtype=torch.int64)
     dist.all_reduce(shared, group=control)
-    return shared.item() > 0
+    return shared.tolist()
 
 
 def _runs_ahead(device: torch.device) -> bool:
@@ -241,15 +261,13 @@ def _stopped(run: Run, step: Step, number: int, why: str) -> JobFailed:
     )
 
 
-def _parts(run: Run, launched: Launched) -> dict[str, float]:
-    """Where this rank's time went: its component's work is what is left when waiting is taken off."""
+def _parts(run: Run, launched: Launched, seconds: float, waited: float) -> dict[str, float]:
+    """Where this rank's ``seconds`` went: its component's work is what is left when waiting is taken off, and the lack of samples what
+    the device had no work for."""
     found = launched.parts()
-    waiting = found.get("waiting", 0.0)
-    parts = dict.fromkeys(PARTS, 0.0) | {
-        "data": launched.data_seconds,
-        "waiting": waiting,
-        "optimizer": found.get("optimizer", 0.0),
-    }
+    waiting, optimizer = found.get("waiting", 0.0), found.get("optimizer", 0.0)
+    idle = max(0.0, seconds - found.get("model", 0.0) - optimizer)
+    parts = dict.fromkeys(PARTS, 0.0) | {"data": min(waited, idle), "waiting": waiting, "optimizer": optimizer}
     busy = max(0.0, found.get("model", 0.0) - waiting)
     images = found.get(IMAGES, 0.0) if LANGUAGE in run.built.groups else busy
     parts[IMAGES], parts[LANGUAGE] = images, max(0.0, busy - images)
@@ -326,7 +344,7 @@ def _save_and_validate(run: Run, control: Any, stopping: bool, asked: Callable[[
         _save(run)
     due = last or (run.validate_every and run.done % run.validate_every == 0)
     if run.validate is not None and due and not stopping:  # while the checkpoint is written
-        validated = run.validate(lambda: _any(control, asked()))
+        validated = run.validate(lambda: _counted(control, asked())[0] > 0)
         if validated is None:
             stopping = True
             if not saved:
@@ -348,7 +366,11 @@ def _publish_if_written(run: Run, control: Any) -> None:
 
 
 def _save(run: Run) -> None:
+    """Begin a checkpoint, unless it would be the one that there is: of a run that is stopped before its next step."""
     _publish(run)
+    if run.kept == run.done:
+        return
+    run.kept = run.done
     run.checkpoints.save(
         Saved(
             run.done, run.identity, skipped=run.skipped, losses=run.losses, first_loss=run.first_loss, tokens=run.tokens,

@@ -83,7 +83,7 @@ def _clip(optimizer: MegatronOptimizer, norm: Tensor) -> None:
     for one in _parts(optimizer):
         if isinstance(one.optimizer, NarrowAdamW):
             one.optimizer.scale = (one.config.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        elif one.gradients:
+        else:  # those of tensor-parallel duplicates too, which the norm leaves out
             torch.nn.utils.clip_grads_with_norm_(one.get_parameters(), one.config.clip_grad, norm)
 
 

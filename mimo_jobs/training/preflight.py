@@ -291,8 +291,8 @@ def _adapter_total(made: ImportPlan | ExportPlan, lora: Lora) -> int:
 def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int, steps: int | None) -> tuple[int, int]:
     """Bytes needed and free where the target goes: of itself and, on the same disk, of the checkpoints of steps.
 
-    Of these there is one more than are kept while the newest is written, if the run writes so many; they take the room of those that
-    are there already.
+    Of these there is one more than are kept while the newest is written, if the run writes so many, with one that it is stopped with;
+    they take the room of those that are there already.
 
     Raises:
         UserError: there is not enough, or not where the checkpoints go.
@@ -303,7 +303,7 @@ def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int, steps: in
     there = sum(p.stat().st_size for _, step in found for p in step.iterdir() if p.is_file())
     most = saving.keep + 1
     if steps is not None:
-        most = min(most, len(found) + (-(-steps // saving.every) if saving.every else 1))
+        most = min(most, max(1, len(found)) + (-(-steps // saving.every) if saving.every else 1))
     kept = step_bytes * most
     if _device(place) == _device(target):
         return written + kept, publish.check_space(target, written + kept - there)

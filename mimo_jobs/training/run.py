@@ -120,7 +120,7 @@ def _run(args: TrainArgs, world: World, device: torch.device) -> dict[str, Any]:
         with world.timed("resume"):
             checkpoints.load(found[0])
         before = found[1]
-        run.done, run.skipped, run.losses = before.step, before.skipped, list(before.losses)
+        run.done, run.kept, run.skipped, run.losses = before.step, before.step, before.skipped, list(before.losses)
         run.first_loss, run.tokens, run.seconds = before.first_loss, before.tokens, before.seconds
         world.say(f"going on from {found[0]}, after step {run.done} of {steps}")
     if validation is not None:

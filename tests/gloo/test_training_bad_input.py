@@ -103,6 +103,20 @@ def test_unusable_data_is_named(name: str, model: Path, data: Path, tmp_path: Pa
     assert not (tmp_path / "sft").exists() and completed(Path(f"{tmp_path}/sft.steps")) == []
 
 
+def test_the_step_before_a_bad_sample_is_told_where_steps_run_ahead(model: Path, data: Path, tmp_path: Path) -> None:
+    (data.parent / "13.png").write_bytes(b"no image")
+
+    def ahead(_rank: int) -> None:
+        loop._runs_ahead = lambda _device: True
+
+    ended = train(
+        tmp_path / "record", DISJOINT, source=model, data=data, target=tmp_path / "sft", before=ahead,
+        dataset={"on_bad": "stop", "shuffle": False},
+    )  # fmt: skip
+    failed(ended, 1, "bad sample in step 4: train.jsonl:14: ")
+    assert list(ended.history.steps) == [1, 2, 3]
+
+
 SETTINGS: dict[str, tuple[dict[str, Any], int, str]] = {
     "batch not divisible": ({"global_batch_size": 5}, 2, "global_batch_size=5"),
     "keep=0": ({"saving": {"keep": 0}}, 2, "saving.keep=0"),

@@ -61,13 +61,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     choose = random.Random(seed)
     arguments = inputs | {"target": tmp_path / "sft"}
     with Job(tmp_path / "record", "sft", FAN_IN, **arguments) as job:
+        steps = Path(f"{tmp_path}/sft.steps")
         job.wait_until(_step_is_reached(tmp_path, choose.choice([3, 5])), timeout=150)
+        job.wait_until(lambda: bool(completed(steps)), timeout=150)  # it is published while later steps run
+        published = completed(steps)[0][0]
         time.sleep(choose.random() * 0.3)
         job.kill(choose.randrange(2))
         ended = job.end()
     assert 0 not in ended.codes and ended.error["transient"], ended.said
-    saved = completed(Path(f"{tmp_path}/sft.steps"))
-    assert saved and read(saved[0][1]).step >= 2
+    assert read(completed(steps)[0][1]).step >= published >= 2
     assert run_job(tmp_path / "record", "sft", FAN_IN, **arguments, timeout=150).summary["steps"] == 8
     assert read_manifest(tmp_path / "sft").digests == read_manifest(whole / "sft").digests
     assert _losses(tmp_path) == _losses(whole)
