@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SIDES = ("transformers", "mimo_jobs")
 LR = 1e-5
+SPANS = ("Optimizer.", "ProfilerStep")
 PACKAGES = {
     "torch": "torch",
     "megatron-core": "megatron.core",
@@ -166,22 +167,18 @@ def where_time_goes(step: Callable[[], Any], steps: int = 2, most: int = 40) -> 
             {"name": e.key[:120], "ms": round(of(e) / 1000 / steps, 3), "calls": e.count // steps} for e in rows[:most]
         ]
 
-    kernels = largest(lambda e: e.self_device_time_total, lambda e: "CUDA" in str(e.device_type))
+    def on_device(event: Any) -> bool:  # a span that the host has named is drawn on the device, too
+        return "CUDA" in str(event.device_type) and not event.key.startswith(SPANS)
+
+    kernels = largest(lambda e: e.self_device_time_total, on_device)
     operators = largest(
         lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total, lambda e: "CPU" in str(e.device_type)
     )
-    spans = {
-        e.key for e in seen.key_averages() if "CUDA" not in str(e.device_type)
-    }  # a span of the host's is drawn on the device, too
-    busy = sum(
-        e.self_device_time_total for e in seen.key_averages() if "CUDA" in str(e.device_type) and e.key not in spans
-    )
+    busy = sum(e.self_device_time_total for e in seen.key_averages() if on_device(e))
     return {
         "step_ms_with_profiler": round(seconds * 1000, 1),
         "device_ms": round(busy / 1000 / steps, 1),
-        "waits_of_the_device": waits(
-            [e for e in seen.events() if "CUDA" in str(e.device_type) and e.name not in spans], steps
-        ),
+        "waits_of_the_device": waits([e for e in seen.events() if on_device(e)], steps),
         "kernels": kernels,
         "operators": operators,
     }

@@ -67,8 +67,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         rows = max(1, HEAD_BLOCK_BYTES // (own * _bytes_per_logit(hidden)))
+        once = 0 < len(hidden) <= rows  # the one product is the sum
+        d_weight = None
+        if wants_weight and not once:
+            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(hidden), rows):
             block = slice(start, start + rows)
             logits = hidden[block] @ weight.t()
@@ -78,6 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.matmul(gradient, weight, out=d_hidden[block])
             if d_weight is not None:
                 _add_product(d_weight, gradient.t(), hidden[block])
+            elif wants_weight:
+                d_weight = gradient.t() @ hidden
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return loss
 

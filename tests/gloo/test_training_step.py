@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from mimo_jobs.layout import ComponentLayout as Layout
 from mimo_jobs.layout import ParallelLayout
+from mimo_jobs.modeling import linear
 from mimo_jobs.modeling.build import BuiltModel, build
 from mimo_jobs.training.batches import Shares
 from mimo_jobs.training.config import Optimizer
@@ -46,6 +47,10 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int, dict[str, Any]]] = {
     "colocated, text only": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, dict(text_only=True)),
     "disjoint, recomputation": (ParallelLayout(Layout(), Layout(), 2), 2, dict(recompute="full")),
     "colocated tp2, recomputation of the MLPs": (ParallelLayout(Layout(tp=2), Layout(tp=2), 2), 2, dict(recompute="selective")),
+    "one rank, added in place": (ParallelLayout(Layout(), Layout(), 1), 3, dict(in_place=True)),
+    "colocated, both dp2, added in place": (ParallelLayout(Layout(dp=2), Layout(dp=2), 2), 2, dict(in_place=True, recompute="full")),
+    "disjoint, pp2, added in place": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 3, dict(in_place=True, recompute="selective")),
+    "disjoint, images frozen, added in place": (ParallelLayout(Layout(), Layout(), 2), 2, dict(in_place=True, frozen="images")),
     "colocated, images frozen": (ParallelLayout(Layout(tp=2), Layout(dp=2), 2), 2, dict(frozen="images")),
     "disjoint, images frozen": (ParallelLayout(Layout(), Layout(), 2), 2, dict(frozen="images")),
     "disjoint, language frozen": (ParallelLayout(Layout(pp=2), Layout(rank_offset=2), 3), 2, dict(frozen="language")),
@@ -114,17 +119,21 @@ def _on_rank(
     options: dict[str, Any],
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
     """This rank's part of the loss, parameter -> squared error and squared norm of its shard's gradient, total norm."""
+    if options.get("in_place"):
+        linear.LARGE = 0
     built = _built(layout, config, weights, options, sharded=False)
     rows = _rows(len(samples), shares)
     table = table_of(samples, rows)
     made = microbatches_of(built, samples, table, shares)
     total = table.total(table.loss_tokens)
     loss = run_step(built, made, total, Stopwatch()).item() / total
-    wanted, squares = reference_parameters(built, gradients), {}
+    wanted, squares, added = reference_parameters(built, gradients), {}, []
     for name, parameter in live_parameters(built).items():
         if parameter.requires_grad:
+            added.append(parameter.grad_added_to_main_grad)  # pyright: ignore
             gradient = parameter.main_grad  # pyright: ignore
             squares[name] = ((gradient - wanted[name]).square().sum().item(), wanted[name].square().sum().item())
+    assert any(added) == bool(options.get("in_place") and added)
     norm = _sharded_norm(layout, config, weights, options, samples, table, shares, total)
     return loss, squares, norm
 

@@ -17,6 +17,7 @@ from tests.gloo.images import write_data
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="no CUDA device"), pytest.mark.timeout(540)]
 
+STEPS = 30  # a step of it takes milliseconds: it is not to be over before the signal comes
 ONE: dict[str, Any] = {"language": {}, "images": {}, "world_size": 1}
 LAYOUTS = {
     1: ONE,
@@ -24,8 +25,8 @@ LAYOUTS = {
     4: {"language": {"tp": 2}, "images": {"dp": 2, "rank_offset": 2}, "world_size": 4},
 }
 SETTINGS: dict[str, Any] = {
-    "steps": 12, "global_batch_size": 8, "micro_batch_size": 4, "precision": "bf16", "recompute": "full",
-    "saving": {"every": 4}, "dataset": {"workers": 2}, "logging": {"tensorboard": False},
+    "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 4, "precision": "bf16", "recompute": "full",
+    "saving": {"every": 10}, "dataset": {"workers": 2}, "logging": {"tensorboard": False},
 }  # fmt: skip
 
 
@@ -42,19 +43,19 @@ def test_a_run_is_interrupted_goes_on_and_its_export_has_its_loss(tmp_path: Path
     )  # fmt: skip
     record = tmp_path / "record"
     ranks = start_worker(record, job, layout, **arguments)
-    _wait_for_step(record, 5)
+    _wait_for_step(record, 3)
     ranks[-1].send_signal(signal.SIGUSR1)
     for rank in ranks:
         rank.communicate(timeout=120)
-    assert result(record)["error"]["transient"], result(record)
+    assert result(record).get("error", {}).get("transient"), result(record)
     ranks = start_worker(record, job, layout, **arguments)
     said = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * len(ranks), said[0][-2000:]
     summary = result(record)["summary"]
     lines = [json.loads(line) for line in (record / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "loss" in line}
-    assert sorted(steps) == list(range(1, 13)) and steps[12]["loss"] < 0.7 * steps[1]["loss"]
-    assert steps[12]["memory_bytes"] > 0 and 0 < steps[12]["mfu"] < 1
+    assert sorted(steps) == list(range(1, STEPS + 1)) and steps[STEPS]["loss"] < 0.7 * steps[1]["loss"]
+    assert steps[STEPS]["memory_bytes"] > 0 and 0 < steps[STEPS]["mfu"] < 1
     validated = [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
     convert(tmp_path / "r1", "import", ONE, model=str(tmp_path / "hf"), target=str(tmp_path / "mimo"))
     source = {"sft": "trained", "lora": "mimo"}[job]
@@ -62,7 +63,7 @@ def test_a_run_is_interrupted_goes_on_and_its_export_has_its_loss(tmp_path: Path
     convert(tmp_path / "r2", "export", ONE, source=str(tmp_path / source), target=str(tmp_path / "out"), **adapter)
     loss = _loss_of_transformers(tmp_path / "out", data)
     print(
-        f"{job}: loss {steps[1]['loss']:.4f} -> {steps[12]['loss']:.4f}, validation {validated:.4f}, transformers {loss:.4f}; {summary}"
+        f"{job}: loss {steps[1]['loss']:.4f} -> {steps[STEPS]['loss']:.4f}, validation {validated:.4f}, transformers {loss:.4f}; {summary}"
     )
     assert loss == pytest.approx(validated, rel=2e-2)
 
