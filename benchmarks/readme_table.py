@@ -74,17 +74,17 @@ def scale_table() -> str:
 def training_table() -> str:
     """The markdown of README.md and docs/training.md: steps on one GPU beside transformers', peak memory beside what is predicted."""
     lines = [
-        "| shape, batch | transformers, tokens/s | mimo_jobs, tokens/s | ratio | of the matrix rate: 6ND, with attention | peak GB: transformers, mimo_jobs, predicted |",
-        "|---|---|---|---|---|---|",
+        "| shape, batch | transformers, tokens/s | mimo_jobs, tokens/s | ratio | device busy in a step, ms | of the matrix rate: 6ND, with attention | peak GB: transformers, mimo_jobs, predicted |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for path in sorted((ROOT / "benchmarks/results").glob("training_[0-9]*.json")):
+    for path in sorted((ROOT / "benchmarks/results").glob("training_*[0-9b].json")):
         found = json.loads(path.read_text())
         asked, (theirs, ours) = found["settings"], (found["runs"][side][-1] for side in ("transformers", "mimo_jobs"))
         kind = "weights and state in bf16" if asked["baseline"] == "bf16" else "fp32 weights under autocast"
         how = f"`recompute={asked['recompute']}`, `optimizer.state={asked['state']}`, beside {kind}"
         lines.append(
             f"| {asked['shape'].upper()}, {asked['rows']} x {asked['tokens']}; {how} | {theirs['tokens_per_second']:.0f} | {ours['tokens_per_second']:.0f} | "
-            f"{found['ratio']:.2f} | {ours['mfu_6nd_of_matrix_rate']:.3f}, {ours['mfu_of_matrix_rate']:.3f} | {theirs['peak_gb']:.1f}, {ours['peak_gb']:.1f}, {predicted(asked) / 1e9:.1f} |"
+            f"{found['ratio']:.2f} | {ours['profile']['device_ms']:.0f} of {1000 * ours['step_seconds']:.0f} | {ours['mfu_6nd_of_matrix_rate']:.3f}, {ours['mfu_of_matrix_rate']:.3f} | {theirs['peak_gb']:.1f}, {ours['peak_gb']:.1f}, {predicted(asked) / 1e9:.1f} |"
         )
     return "\n".join(lines)
 

@@ -62,7 +62,8 @@ def activations(
     With full recomputation a layer keeps its input alone, and one layer at a time has everything. Without it every layer does; selective
     recomputation keeps all but what is inside the MLP. Stage s of a
     pipeline of p stages has p - s micro-batches under way, so the first one keeps most. The head is on the last stage: a block of logits
-    (`modeling.loss`: in the weights' dtype, in fp32, and their gradient), and the gradient of its weight in fp32 and in its dtype.
+    (`modeling.loss`: in the weights' dtype, in fp32, and their gradient), and the gradient of its weight in its dtype, in fp32 too where
+    it is a sum over several blocks.
 
     Args:
         images_train: the images component has something that trains; head_trains: the head does.
@@ -78,7 +79,8 @@ def activations(
     vocab = -(-d["vocab"] // language.tp)
     head = min(tokens * vocab * (itemsize + 4 + itemsize), HEAD_BLOCK_BYTES)
     if head_trains:
-        head += vocab * d["hidden"] * (4 + itemsize)
+        blocks = tokens * vocab * itemsize > HEAD_BLOCK_BYTES
+        head += vocab * d["hidden"] * (itemsize + 4 * blocks)
     stages = []
     for stage, layers in enumerate(stage_layers(d["layers"], language.pp)):
         under_way = language.pp - stage
