@@ -71,6 +71,24 @@ def scale_table() -> str:
     return "\n".join(lines)
 
 
+def ranks_table() -> str:
+    """The markdown of docs/checkpoint.md: what more ranks do on one disk."""
+    lines = [
+        "| | ranks | `cp` + `sync`, s | import, s: whole, moving, flushing | x | export, s: whole, moving, flushing | x |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((ROOT / "benchmarks/results").glob("scale_*_cores.json")):
+        found = json.loads(path.read_text())
+        for row in found["repetitions"]:
+            told = []
+            for phase in ("import", "export"):
+                one, seconds = row[phase], row[phase]["phases_seconds"]
+                told.append(f"{one['seconds']:.1f}, {seconds[phase]:.1f}, {seconds['sync']:.1f} | {one['x_cp']:.2f}")
+            what = f"{found['shape'].upper()}, {found['bytes'] / 1e9:.1f} GB, {found['machine']['cores']} cores"
+            lines.append(f"| {what} | {row['ranks']} | {row['cp_sync_seconds']:.1f} | {told[0]} | {told[1]} |")
+    return "\n".join(lines)
+
+
 def training_table() -> str:
     """The markdown of README.md and docs/training.md: steps on one GPU beside transformers', peak memory beside what is predicted."""
     lines = [
@@ -107,6 +125,7 @@ def predicted(asked: dict[str, Any]) -> int:
 TABLES = (
     ("README.md", START, END, table),
     ("README.md", "<!-- scale: python -m benchmarks.scale -->", "<!-- end of scale -->", scale_table),
+    ("docs/checkpoint.md", "<!-- ranks: python -m benchmarks.scale -->", "<!-- end of ranks -->", ranks_table),
     (
         "docs/slurm.md",
         "<!-- submission: python -m benchmarks.submission -->",

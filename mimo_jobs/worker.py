@@ -287,5 +287,18 @@ def _failed(record: Path | None, world: Any, message: str, code: int) -> int:
     return code
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process; after a failure without what CUDA and NCCL tidy up at the end, which may wait for ranks that are gone.
+
+    Processes that read data see it (``training/data/workers.py``).
+    """
+    torch = sys.modules.get("torch")
+    if code and torch is not None and torch.cuda.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,9 @@ def test_a_run_is_interrupted_goes_on_and_its_export_has_its_loss(tmp_path: Path
     ranks = start_worker(record, job, layout, **arguments)
     _wait_for_step(record, 3)
     ranks[-1].send_signal(signal.SIGUSR1)
-    for rank in ranks:
-        rank.communicate(timeout=120)
-    assert result(record).get("error", {}).get("transient"), result(record)
-    ranks = start_worker(record, job, layout, **arguments)
-    said = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), said[0][-2000:]
+    assert _ended(record, ranks, 120) == [1] * len(ranks)
+    assert result(record)["error"]["transient"], result(record)
+    assert _ended(record, start_worker(record, job, layout, **arguments), 240) == [0] * len(ranks)
     summary = result(record)["summary"]
     lines = [json.loads(line) for line in (record / "metrics.jsonl").read_text().splitlines()]
     steps = {line["step"]: line for line in lines if "loss" in line}
@@ -93,6 +91,19 @@ def _loss_of_transformers(directory: Path, data: Path) -> float:
         total += F.cross_entropy(logits.float(), sample.labels.cuda(), ignore_index=-100, reduction="sum").item()
         count += int((sample.labels != -100).sum())
     return total / count
+
+
+def _ended(record: Path, ranks: list[Any], timeout: float) -> list[int]:
+    """Exit codes; pytest shows what was printed here if they are not those."""
+    for rank in ranks:
+        try:
+            rank.wait(timeout)
+        except subprocess.TimeoutExpired:
+            print(f"rank {rank.pid} did not end")
+            rank.kill()
+        print(rank.communicate()[1][-4000:])
+    print(*(line for line in (record / "metrics.jsonl").read_text().splitlines()[-3:]), sep="\n")
+    return [rank.returncode for rank in ranks]
 
 
 def _wait_for_step(record: Path, step: int, timeout: float = 200) -> None:

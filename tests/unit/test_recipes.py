@@ -215,6 +215,24 @@ def work(tmp_path, monkeypatch, signals):
 
 
 @pytest.mark.parametrize(
+    ("code", "cuda", "waits"), [(0, True, True), (0, False, True), (1, False, True), (1, True, False), (2, True, False)]
+)
+def test_a_failed_rank_with_a_gpu_waits_for_nothing_at_its_end(code, cuda, waits, tmp_path):
+    """At the end of a process CUDA and NCCL may wait for ranks that are gone; here something waits for its own file."""
+    script = f"""
+import atexit, sys, types
+sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: {cuda}))
+from mimo_jobs import worker
+atexit.register(lambda: open({str(tmp_path / "waited")!r}, "w"))
+print("said")
+worker._leave({code})
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (code, "said\n"), ended.stderr
+    assert (tmp_path / "waited").exists() == waits
+
+
+@pytest.mark.parametrize(
     ("error", "message", "traceback"),
     [
         (OSError(28, "No space left on device", "/t/x"), "/t/x: No space left on device", False),
