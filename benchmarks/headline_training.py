@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 3  # steps that are no measure of speed: kernels are compiled and tuned
 OF_PLAN = ("layout.", "micro_batch_size", "recompute", "sequence_parallel", "optimizer.state")
+FREEZES = {"freeze=images": ("vision",), "freeze=language": ("language", "head")}
 SPEED = "tokens_per_second_per_gpu"
 
 
@@ -141,7 +142,8 @@ def _exported(bench: "Headline", target: Path) -> dict[str, Any]:
     require(not told["only_left"] and not told["only_right"], "the export has other tensors than the source")
     require(mtp <= same and (mtp or bench.options.source), f"MTP's {len(mtp - same)} tensors are not the source's")
     trained = kinds(names - same)
-    still = [name for name, count in kinds(names).items() if name != "mtp" and count and not trained[name]]
+    frozen = [kind for word in bench.options.set for kind in FREEZES.get(word, ())]
+    still = [n for n, count in kinds(names).items() if n not in ("mtp", *frozen) and count and not trained[n]]
     require(not still, f"no tensor of {' and '.join(still)} was changed by the training")
     shutil.rmtree(place)
     print(f"exported: {parity['equal']}/{count} tensors as trained; {len(same)} as before, MTP's {len(mtp)} among them")

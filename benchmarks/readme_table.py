@@ -101,7 +101,7 @@ def training_table() -> str:
         kind = "weights and state in bf16" if asked["baseline"] == "bf16" else "fp32 weights under autocast"
         how = f"`recompute={asked['recompute']}`, `optimizer.state={asked['state']}`, beside {kind}"
         lines.append(
-            f"| {asked['shape'].upper()}, {asked['rows']} x {asked['tokens']}; {how} | {theirs['tokens_per_second']:.0f} | {ours['tokens_per_second']:.0f} | "
+            f"| {asked['shape'].upper()}, {asked['rows']} x {asked['tokens']}; {how} (`{path.name}`) | {theirs['tokens_per_second']:.0f} | {ours['tokens_per_second']:.0f} | "
             f"{found['ratio']:.2f} | {ours['profile']['device_ms']:.0f} of {1000 * ours['step_seconds']:.0f} | {ours['mfu_6nd_of_matrix_rate']:.3f}, {ours['mfu_of_matrix_rate']:.3f} | {theirs['peak_gb']:.1f}, {ours['peak_gb']:.1f}, {predicted(asked) / 1e9:.1f} |"
         )
     return "\n".join(lines)

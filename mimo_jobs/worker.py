@@ -270,7 +270,8 @@ def write_result(record: Path, result: dict[str, Any]) -> bool:
 def _failed(record: Path | None, world: Any, message: str, code: int) -> int:
     _ignore_signals()
     rank = world.rank if world else 0
-    print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk: the record may still take it
+        print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
     if record is None or not record.is_dir():
         return code
     first = world.failure if world else None
@@ -294,8 +295,9 @@ def _leave(code: int) -> NoReturn:
     """
     torch = sys.modules.get("torch")
     if code and torch is not None and torch.cuda.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk, a reader that is gone
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

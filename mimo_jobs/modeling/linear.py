@@ -14,6 +14,16 @@ LARGE = 1 << 24
 _ADDMM: Any = torch.ops.aten.addmm
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` where ``total`` is, (m, n); the factors, (m, k) and (k, n), may be narrower, and are summed in fp32."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        _ADDMM.dtype_out(total, left, right, total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
 def _alone(layer: Any) -> bool:
     return layer.tp_group.size() == 1
 
@@ -29,8 +39,7 @@ def _adds_in_place(weight: Tensor) -> bool:
     """Whether a matrix product can add to where megatron-core's DDP sums the weight's gradient."""
     if weight.numel() < LARGE or not (torch.is_grad_enabled() and weight.requires_grad):
         return False
-    total: Tensor | None = getattr(weight, "main_grad", None)
-    return total is not None and (total.dtype == weight.dtype or (total.is_cuda and "dtype_out" in _ADDMM.overloads()))
+    return getattr(weight, "main_grad", None) is not None
 
 
 class _AddingLinear(torch.autograd.Function):
@@ -50,13 +59,9 @@ class _AddingLinear(torch.autograd.Function):
         input_, weight = ctx.saved_tensors
         rows, inputs = gradient.flatten(0, -2), input_.flatten(0, -2)
         total = weight.main_grad
-        if total.dtype == weight.dtype:
-            total.addmm_(rows.t(), inputs)
-            seen = total.detach()
-        else:
-            _ADDMM.dtype_out(total, rows.t(), inputs, total.dtype, out=total)
-            seen = torch.empty_like(weight)
+        add_product(total, rows.t(), inputs)
         weight.grad_added_to_main_grad = True
+        seen = total.detach() if total.dtype == weight.dtype else torch.empty_like(weight)
         return (
             gradient @ weight if ctx.needs_input_grad[0] else None,
             seen,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimo_jobs.layout import HEAD_BLOCK_BYTES
 from mimo_jobs.modeling import kernels
+from mimo_jobs.modeling.linear import add_product
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 torch.matmul(gradient, weight, out=d_hidden[block])
             if d_weight is not None:
-                _add_product(d_weight, gradient.t(), hidden[block])
+                add_product(d_weight, gradient.t(), hidden[block])
             elif wants_weight:
                 d_weight = gradient.t() @ hidden
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
@@ -146,11 +147,3 @@ def _plain_losses(logits: Tensor, labels: Tensor, there: int, group: dist.Proces
     logits /= total[:, None]
     logits.scatter_add_(1, place, -mine.to(logits.dtype)[:, None])
     return total.log() - predicted, logits
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, summed in fp32 whatever the factors' dtype."""
-    if total.is_cuda and left.dtype != total.dtype:
-        total += torch.mm(left, right, out_dtype=total.dtype)  # pyright: ignore[reportCallIssue]
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))

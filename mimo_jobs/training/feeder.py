@@ -38,6 +38,10 @@ CLOSE_SECONDS = 5.0
 ALL_BAD = 4  # samples from the beginning without a good one: the data set is not what it was taken for
 
 
+class BadData(UserError):
+    """The samples of a step, or too many before, forbid to go on; all ranks know it before the step."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step's input on this rank.
@@ -96,7 +100,7 @@ class Feeder:
         """Steps as they get ready.
 
         Raises:
-            UserError: a bad sample with ``dataset.on_bad=stop``, or no good one among the first.
+            BadData: a bad sample with ``dataset.on_bad=stop``, or no good one among the first; on every rank, at the same step.
         """
         while (found := self._ready.get()) is not None:
             if isinstance(found, BaseException):
@@ -156,10 +160,10 @@ class Feeder:
         )  # fmt: skip
         told = [problems[p] for p in sorted(problems)]
         if told and self._settings.on_bad == "stop":
-            raise UserError(f"bad sample in step {number + 1}: {told[0]}; set dataset.on_bad=skip to go on without it")
+            raise BadData(f"bad sample in step {number + 1}: {told[0]}; set dataset.on_bad=skip to go on without it")
         self._seen, self._good = self._seen + len(ids), self._good + sum(map(len, good))
         if told and not self._good and self._seen >= min(ALL_BAD, len(self._source), self._rows.stop):
-            raise UserError(f"all of the first {self._seen} samples are bad, e.g. {told[0]}")
+            raise BadData(f"all of the first {self._seen} samples are bad, e.g. {told[0]}")
         return Step(number, table, self._microbatches(table, {one.row: one for one in loaded}), told)
 
     def _agreed(self, count: int, loaded: list[Loaded]) -> np.ndarray:

@@ -20,7 +20,7 @@ from mimo_jobs.modeling.lora import seed_dropout
 from mimo_jobs.parallel.world import World
 from mimo_jobs.training.checkpoints import Checkpoints
 from mimo_jobs.training.config import Stop
-from mimo_jobs.training.feeder import Feeder, Step
+from mimo_jobs.training.feeder import BadData, Feeder, Step
 from mimo_jobs.training.flops import utilisation
 from mimo_jobs.training.history import PARTS
 from mimo_jobs.training.metrics import Metrics
@@ -137,10 +137,7 @@ def train(run: Run, feeder: Feeder) -> None:
             step, problem = _next(steps)
             waited += time.perf_counter() - started
             # Asked before the launch: what is asked for now costs no step more than the one that the device works on.
-            asked_anywhere, failed = _counted(control, asked(), problem is not None)
-            if problem is not None and failed < run.world.size:
-                raise problem  # the others know nothing of it
-            stopping, launched = asked_anywhere > 0, None
+            stopping, launched = _any(control, asked()), None
             good = step is not None and any(step.table.rows)  # else all are bad: known to every rank
             if step is not None and good and not stopping:
                 launched = _launch(run, step, run.done + (ahead is not None))
@@ -148,6 +145,7 @@ def train(run: Run, feeder: Feeder) -> None:
                 before, waited = _finish(run, control, ahead, before, waited), 0.0
             ahead = launched
             if problem is not None:
+                _publish(run)  # one that is being written is of an earlier step
                 raise problem
             if step is not None and not good and not stopping:
                 _left_out(run, step)
@@ -165,11 +163,11 @@ def train(run: Run, feeder: Feeder) -> None:
             before, waited = time.perf_counter(), 0.0
 
 
-def _next(steps: Iterator[Step]) -> tuple[Step | None, BaseException | None]:
-    """The next step's samples, or why there are none."""
+def _next(steps: Iterator[Step]) -> tuple[Step | None, BadData | None]:
+    """The next step's samples, or why they forbid to go on, the same on every rank. What else goes wrong, only this rank knows: it is raised."""
     try:
         return next(steps), None
-    except Exception as problem:
+    except BadData as problem:
         return None, problem
 
 
@@ -213,11 +211,11 @@ def _finish(run: Run, control: dist.ProcessGroup, launched: Launched, before: fl
     return now
 
 
-def _counted(control: dist.ProcessGroup, *each: bool) -> list[int]:
-    """On how many ranks each is so."""
-    shared = torch.tensor(each, dtype=torch.int64)
+def _any(control: dist.ProcessGroup, asked: bool) -> bool:
+    """Whether any rank was asked to stop."""
+    shared = torch.tensor(float(asked))
     dist.all_reduce(shared, group=control)
-    return shared.tolist()
+    return shared.item() > 0
 
 
 def _runs_ahead(device: torch.device) -> bool:
@@ -344,7 +342,7 @@ def _save_and_validate(run: Run, control: Any, stopping: bool, asked: Callable[[
         _save(run)
     due = last or (run.validate_every and run.done % run.validate_every == 0)
     if run.validate is not None and due and not stopping:  # while the checkpoint is written
-        validated = run.validate(lambda: _counted(control, asked())[0] > 0)
+        validated = run.validate(lambda: _any(control, asked()))
         if validated is None:
             stopping = True
             if not saved:

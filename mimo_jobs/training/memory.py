@@ -63,7 +63,7 @@ def activations(
     recomputation keeps all but what is inside the MLP. Stage s of a
     pipeline of p stages has p - s micro-batches under way, so the first one keeps most. The head is on the last stage: a block of logits
     (`modeling.loss`: in the weights' dtype, in fp32, and their gradient), and the gradient of its weight in its dtype, in fp32 too where
-    it is a sum over several blocks.
+    it is a sum over several blocks (as many as there are with flash-linear-attention's kernels).
 
     Args:
         images_train: the images component has something that trains; head_trains: the head does.

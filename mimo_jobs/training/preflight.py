@@ -93,7 +93,7 @@ def check_training(
     written = 4 * trained if adapters else parameters * ITEMSIZE[arguments["precision"]]
     narrow = arguments["optimizer"].state == "bf16" and arguments["precision"] == "bf16" and adapters is None
     step_bytes = written + (NARROW_MASTER if narrow else MASTER) * trained
-    needed, free = _disk(arguments, written, step_bytes, steps)
+    needed, free = _disk(arguments, written, step_bytes)
     return TrainingPreflight(
         layout, steps, samples, parameters, trained, needs, needed, free, step_bytes, notes, preflight.held(made), preflight.allowed(made)
     )  # fmt: skip
@@ -288,23 +288,19 @@ def _adapter_total(made: ImportPlan | ExportPlan, lora: Lora) -> int:
     return sum(math.prod(shape) for _, _, shape in entries)
 
 
-def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int, steps: int | None) -> tuple[int, int]:
+def _disk(arguments: Mapping[str, Any], written: int, step_bytes: int) -> tuple[int, int]:
     """Bytes needed and free where the target goes: of itself and, on the same disk, of the checkpoints of steps.
 
-    Of these there is one more than are kept while the newest is written, if the run writes so many, with one that it is stopped with;
-    they take the room of those that are there already.
+    Of these there is one more than are kept while the newest is written, also in a short run: one that is stopped again and again writes
+    one each time. They take the room of those that are there already.
 
     Raises:
         UserError: there is not enough, or not where the checkpoints go.
     """
     target, saving = Path(arguments["target"]), arguments["saving"]
     place = steps_directory(target, saving.directory)
-    found = completed(place)
-    there = sum(p.stat().st_size for _, step in found for p in step.iterdir() if p.is_file())
-    most = saving.keep + 1
-    if steps is not None:
-        most = min(most, max(1, len(found)) + (-(-steps // saving.every) if saving.every else 1))
-    kept = step_bytes * most
+    there = sum(p.stat().st_size for _, step in completed(place) for p in step.iterdir() if p.is_file())
+    kept = step_bytes * (saving.keep + 1)
     if _device(place) == _device(target):
         return written + kept, publish.check_space(target, written + kept - there)
     publish.check_space(checkpoint_directory(place, 1), kept - there)

@@ -103,12 +103,35 @@ def test_unusable_data_is_named(name: str, model: Path, data: Path, tmp_path: Pa
     assert not (tmp_path / "sft").exists() and completed(Path(f"{tmp_path}/sft.steps")) == []
 
 
+def ahead(_rank: int) -> None:
+    """As on a GPU."""
+    loop._runs_ahead = lambda _device: True
+
+
+def test_a_step_without_a_good_sample_is_left_out_also_where_steps_run_ahead(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    for name in ("2.png", "3.png", "12.png", "13.png"):
+        (data.parent / name).write_bytes(b"no image")
+    runs = {}
+    for name, before in (("plain", lambda _rank: None), ("ahead", ahead)):
+        ended = train(
+            tmp_path / name, DISJOINT, source=model, data=data, target=tmp_path / f"{name}.out", before=before,
+            dataset={"shuffle": False}, global_batch_size=2, micro_batch_size=1, steps=8, saving={"every": 2, "keep": 9},
+        )  # fmt: skip
+        assert ended.codes == [0, 0], ended.said[-4000:]
+        assert [e.text.split(":")[0] for e in ended.history.events if "left out" in e.text] == [
+            f"step {number} was left out" for number in (2, 7)
+        ]
+        losses = {number: values["loss"] for number, values in ended.history.steps.items()}
+        saved = completed(Path(f"{tmp_path / name}.out.steps"))
+        runs[name] = losses, [step for step, _ in saved], [read(place).losses for _, place in saved]
+    assert runs["plain"] == runs["ahead"]
+    assert list(runs["plain"][0]) == [1, 3, 4, 5, 6, 8] and runs["plain"][1] == [8, 6, 4, 2]
+
+
 def test_the_step_before_a_bad_sample_is_told_where_steps_run_ahead(model: Path, data: Path, tmp_path: Path) -> None:
     (data.parent / "13.png").write_bytes(b"no image")
-
-    def ahead(_rank: int) -> None:
-        loop._runs_ahead = lambda _device: True
-
     ended = train(
         tmp_path / "record", DISJOINT, source=model, data=data, target=tmp_path / "sft", before=ahead,
         dataset={"on_bad": "stop", "shuffle": False},
@@ -382,12 +405,17 @@ def test_a_data_worker_that_is_killed_ends_the_run(model: Path, data: Path, tmp_
         ]
 
 
-def test_a_defect_in_a_data_worker_is_shown_with_its_sample(model: Path, data: Path, tmp_path: Path) -> None:
-    def before(_rank: int) -> None:
+@pytest.mark.parametrize("victims", [{0, 1}, {0}, {1}])
+@pytest.mark.parametrize("start", [lambda _rank: None, ahead])
+def test_a_defect_in_a_data_worker_is_shown_with_its_sample(
+    start: Callable[[int], None], victims: set[int], model: Path, data: Path, tmp_path: Path
+) -> None:
+    def before(rank: int) -> None:
+        start(rank)
         load = loader._Work.load
 
         def broken(self: Any, want: Any) -> Any:
-            if 7 in want.samples:
+            if rank in victims and 7 in want.samples:
                 raise ZeroDivisionError("made up")
             return load(self, want)
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from mimo_jobs.checkpoint.manifest import read_manifest
 from mimo_jobs.conversion.tiny import make_tiny
-from mimo_jobs.training import history
+from mimo_jobs.training import history, loop
 from mimo_jobs.training.saved import completed, read
 from tests.gloo.images import write_data
 from tests.gloo.jobs import DISJOINT_PP, FAN_IN, ONE, Job, run_job
@@ -90,6 +91,44 @@ def test_a_signal_saves_and_a_later_start_goes_on_from_there(
     assert 3 <= step < 8
     assert run_job(tmp_path / "record", "sft", FAN_IN, **arguments, timeout=150).summary["steps"] == 8
     assert _history(tmp_path).resumed == [step]
+    assert read_manifest(tmp_path / "sft").digests == read_manifest(whole / "sft").digests
+
+
+def test_a_run_that_is_stopped_before_its_next_step_keeps_what_it_has(
+    inputs: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    """Fresh, and gone on from a checkpoint: none is written, none touched."""
+    arguments = inputs | {"target": tmp_path / "sft", "saving": {"every": 0}}
+    steps = Path(f"{tmp_path}/sft.steps")
+
+    def stop(after: int) -> Callable[[int], None]:
+        """Have rank 0 hear SIGTERM when it has taken the samples of a step, ``after`` others."""
+
+        def before(rank: int) -> None:
+            take, taken = loop._next, []
+
+            def taking(given: Any) -> Any:
+                found = take(given)
+                taken.append(found)
+                if rank == 0 and len(taken) == after + 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return found
+
+            loop._next = taking
+
+        return before
+
+    ended = run_job(tmp_path / "record", "sft", FAN_IN, before=stop(0), **arguments)
+    assert ended.codes == [1, 1] and ended.error["message"] == "interrupted" and completed(steps) == []
+    ended = run_job(tmp_path / "record", "sft", FAN_IN, before=stop(3), **arguments)
+    assert ended.error["message"] == "interrupted"
+    ((step, place),) = completed(steps)
+    made = place.stat().st_ctime_ns, (place / "training.json").stat().st_ctime_ns
+    assert step == 3
+    ended = run_job(tmp_path / "record", "sft", FAN_IN, before=stop(0), **arguments)
+    assert ended.error["message"] == "interrupted" and [s for s, _ in completed(steps)] == [3]
+    assert (place.stat().st_ctime_ns, (place / "training.json").stat().st_ctime_ns) == made
+    assert run_job(tmp_path / "record", "sft", FAN_IN, **arguments).codes == [0, 0]
     assert read_manifest(tmp_path / "sft").digests == read_manifest(whole / "sft").digests
 
 

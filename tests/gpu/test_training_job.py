@@ -67,28 +67,28 @@ def test_a_run_is_interrupted_goes_on_and_its_export_has_its_loss(tmp_path: Path
 
 
 def _loss_of_transformers(directory: Path, data: Path) -> float:
-    """Mean loss of the exported model on the whole data set, in fp32."""
+    """Mean loss of the exported model on the whole data set, in fp32 on the CPU: on a GPU its kernels would compute in TF32."""
     import torch.nn.functional as F
     from transformers import AutoModelForImageTextToText
 
     from mimo_jobs.training.config import Dataset
     from mimo_jobs.training.data import Encoder, open_source
 
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).cuda().eval()
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     encoder, source = Encoder(str(directory), Dataset()), open_source(str(data), Dataset())
     total, count = 0.0, 0
     for i in range(len(source)):
         sample = encoder.encode(source.conversation(i))
         pixels, grid = encoder.pixels(source.conversation(i))
-        ids = sample.input_ids[None].cuda()
+        ids = sample.input_ids[None]
         images: dict[str, Any] = {}
         if len(grid):
             images = dict(
-                pixel_values=pixels.cuda(), image_grid_thw=grid.cuda(), mm_token_type_ids=(ids == model.config.image_token_id).int()
+                pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=(ids == model.config.image_token_id).int()
             )  # fmt: skip
         with torch.no_grad():
             logits = model(input_ids=ids, **images).logits[0]
-        total += F.cross_entropy(logits.float(), sample.labels.cuda(), ignore_index=-100, reduction="sum").item()
+        total += F.cross_entropy(logits.float(), sample.labels, ignore_index=-100, reduction="sum").item()
         count += int((sample.labels != -100).sum())
     return total / count
 
@@ -97,11 +97,12 @@ def _ended(record: Path, ranks: list[Any], timeout: float) -> list[int]:
     """Exit codes; pytest shows what was printed here if they are not those."""
     for rank in ranks:
         try:
-            rank.wait(timeout)
+            said = rank.communicate(timeout=timeout)[1]
         except subprocess.TimeoutExpired:
             print(f"rank {rank.pid} did not end")
             rank.kill()
-        print(rank.communicate()[1][-4000:])
+            said = rank.communicate()[1]
+        print(said[-4000:])
     print(*(line for line in (record / "metrics.jsonl").read_text().splitlines()[-3:]), sep="\n")
     return [rank.returncode for rank in ranks]
 
