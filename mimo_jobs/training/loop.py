@@ -96,11 +96,15 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
         asked = True
 
     before = {signum: signal.signal(signum, remember) for signum in STOP_SIGNALS}
+    stopped = False
     try:
         yield lambda: asked
+    except KeyboardInterrupt:  # said again, when other ranks have ended, it must not cut off the logs that are being closed
+        stopped = True
+        raise
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if stopped else handler)
 
 
 @dataclass(frozen=True)

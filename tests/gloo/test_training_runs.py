@@ -15,6 +15,7 @@ import pytest
 from mimo_jobs.checkpoint.manifest import read_manifest
 from mimo_jobs.conversion.tiny import make_tiny
 from mimo_jobs.training import history, loop
+from mimo_jobs.training.metrics import Metrics
 from mimo_jobs.training.saved import completed, read
 from tests.gloo.images import write_data
 from tests.gloo.jobs import DISJOINT_PP, FAN_IN, ONE, Job, run_job
@@ -130,6 +131,28 @@ def test_a_run_that_is_stopped_before_its_next_step_keeps_what_it_has(
     assert (place.stat().st_ctime_ns, (place / "training.json").stat().st_ctime_ns) == made
     assert run_job(tmp_path / "record", "sft", FAN_IN, **arguments).codes == [0, 0]
     assert read_manifest(tmp_path / "sft").digests == read_manifest(whole / "sft").digests
+
+
+def test_a_stop_said_again_does_not_cut_off_the_logs(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """As torchrun does when the other ranks have ended, while this one closes what it logs to."""
+
+    def before(rank: int) -> None:
+        take, close = loop._next, Metrics.__exit__
+
+        def taking(given: Any) -> Any:
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take(given)
+
+        def closing(self: Metrics, *error: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            close(self, *error)
+            (tmp_path / "closed").touch()
+
+        loop._next, Metrics.__exit__ = taking, closing
+
+    ended = run_job(tmp_path / "record", "sft", ONE, before=before, **inputs, target=tmp_path / "sft")
+    assert ended.codes == [1] and ended.error["message"] == "interrupted" and (tmp_path / "closed").exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(inputs: dict[str, Any], whole: Path, tmp_path: Path) -> None:
