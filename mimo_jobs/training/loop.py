@@ -99,7 +99,9 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
     stopped = False
     try:
         yield lambda: asked
-    except KeyboardInterrupt:  # said again, when other ranks have ended, it must not cut off the logs that are being closed
+    except (
+        KeyboardInterrupt
+    ):  # said again, when other ranks have ended, it must not cut off the logs that are being closed
         stopped = True
         raise
     finally:
