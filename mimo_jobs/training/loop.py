@@ -99,9 +99,8 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
     stopped = False
     try:
         yield lambda: asked
-    except (
-        KeyboardInterrupt
-    ):  # said again, when other ranks have ended, it must not cut off the logs that are being closed
+    except KeyboardInterrupt:
+        # Said again, when other ranks have ended, it must not cut off the logs that are being closed.
         stopped = True
         raise
     finally:
