@@ -8,8 +8,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear as McoreCo
 from megatron.core.tensor_parallel.layers import RowParallelLinear as McoreRowParallelLinear
 from torch import Tensor
 
-# Elements of a weight from which its gradient is added in place. Below, the host's time for it (some 40 us) is more than the device saves,
-# 6 bytes an element (benchmarks/results/training_9b.json: 18 ms of adding at 9.4e9 elements).
+# Elements of a weight from which its gradient is added in place: those of 4B and 9B. It saves 6 bytes an element; at 0.8B, where the host
+# and not the memory is the bound (docs/training.md), it was not measured.
 LARGE = 1 << 24
 _ADDMM: Any = torch.ops.aten.addmm
 
